@@ -1,0 +1,154 @@
+"""`align bench`: seconds per stage, peak memory and FLOP utilisation of full iterations, on any device."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from align.config import Config
+from align.errors import UserError
+from align.models.base import DTYPES, Conditioning, ImageModel
+from align.policy_loop import run_iteration
+from align.run import Run, environment, start, used_prompts
+from align.tracking import write_json
+
+# transformer and VAE of the public SD3.5-medium configuration: 2.24 B parameters
+SIZES: dict[str, dict[str, Any]] = {
+    "sd35-medium": {
+        "transformer": {
+            "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+            "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13)),
+        },
+        "vae": {
+            "latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+            "use_quant_conv": False, "use_post_quant_conv": False,
+        },
+        "text_tokens": 77,
+    },
+}  # fmt: skip
+
+
+def random_model(size: str, config: Config, device: torch.device) -> ImageModel:
+    """A model of the true size with random weights and random prompt embeddings: enough to time and to measure memory."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    from align.models.sd3 import SD3Model
+    from align.prompts import load_prompts
+
+    if size not in SIZES:
+        raise UserError(f"--random: no size '{size}'; one of {', '.join(SIZES)}")
+    parts = SIZES[size]
+    torch.manual_seed(0)
+    with torch.device(device):
+        torch.set_default_dtype(DTYPES[config.model.precision])
+        try:
+            transformer = SD3Transformer2DModel(**parts["transformer"])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        vae = AutoencoderKL(**parts["vae"])
+    pipe = StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, None, None, None, None, None, None
+    )
+    model = SD3Model(pipe, config.model, device)
+    prompts = load_prompts(config.prompts.train)
+    evals = load_prompts(config.prompts.eval)[: config.eval.prompts]
+    shape = parts["transformer"]
+    tokens = parts["text_tokens"] + config.model.max_sequence_length
+    for text in ["", *used_prompts(config, prompts), *(p.text for p in evals)]:
+        embeds = torch.randn(1, tokens, shape["joint_attention_dim"]).to(model.dtype)
+        pooled = torch.randn(1, shape["pooled_projection_dim"]).to(model.dtype)
+        model.remember(text, Conditioning({"embeds": embeds, "pooled": pooled}))
+    return model
+
+
+def run_bench(config: Config, iterations: int, size: str | None, out: Path, console: Console) -> dict[str, Any]:
+    """Time `iterations` after one warm-up that counts FLOPs; writes the result file and returns its row."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = dataclasses.replace(config, output_dir=scratch, trackers=[])
+        config.train.iterations = iterations + 1
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        run = start(config, console, random_model(size, config, device) if size else None)
+        if run.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        counter = FlopCounterMode(display=False)
+        with console.status("warm-up, counting FLOPs"), counter:
+            run_iteration(run, lambda *_: None)
+        rows = []
+        for i in range(iterations):
+            with console.status(f"timed iteration {i + 1}/{iterations}"):
+                rows.append(run_iteration(run, lambda *_: None))
+        row = _row(run, rows, float(counter.get_total_flops()), size)
+    result = {
+        "command": f"align bench {' '.join(sys.argv[2:])}",
+        "config": dataclasses.asdict(config),
+        "seeds": [config.train.seed],
+        "machine": environment(run.accelerator),
+        "rows": [row],
+    }
+    write_json(out, result)
+    table = Table(title=f"median of {iterations} iterations", title_justify="left", show_header=False)
+    for key, value in row.items():
+        table.add_row(key, f"{value:,.3f}" if isinstance(value, float) else str(value))
+    console.print(table)
+    console.print(f"written to {out}", highlight=False)
+    return row
+
+
+def _row(run: Run, rows: list[dict[str, float]], flops: float, size: str | None) -> dict[str, Any]:
+    stages = {k: statistics.median(r[k] for r in rows) for k in ("time/sample", "time/score", "time/train")}
+    seconds = sum(stages.values())
+    rate = matmul_rate(run.model.device, run.model.dtype)
+    before = rows[0]["nfe"] / (run.counters.iteration - len(rows) + 1)
+    return {
+        "method": run.config.objective.type,
+        "model": size or run.config.model.path,
+        "resolution": run.config.model.resolution or run.model.native_resolution,
+        "precision": run.config.model.precision,
+        "attention": run.model.attention_backend,
+        "gradient_checkpointing": run.config.model.gradient_checkpointing,
+        "images": run.shape.samples,
+        "micro_batch": run.shape.micro_batch,
+        "rollout_batch": run.config.train.rollout_batch,
+        **{k.replace("time/", "seconds_"): v for k, v in stages.items()},
+        "seconds": seconds,
+        "nfe": int(before),
+        "tflop": flops / 1e12,
+        "matmul_tflops": rate / 1e12,
+        "flop_utilisation": flops / seconds / rate,
+        "peak_mb": _peak_megabytes(run.model.device),
+    }
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product on this device: the rate that utilisation is measured against."""
+    side = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * side**3 / statistics.median(times[3:])
+
+
+def _peak_megabytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,167 @@
+"""The `align` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from align.train import print_summary, readable_errors, save_comparison, train_command
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command("train")(train_command)
+
+Target = Annotated[str, typer.Argument(help="a run's folder, or a model: diffusers folder, hub id, or playground")]
+Adapter = Annotated[str | None, typer.Option(help="adapter folder (default: the run's)")]
+Prompts = Annotated[str | None, typer.Option(help=".txt, .jsonl or playground:SPLIT (default: the run's held-out prompts)")]
+Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps (default: the run's, else 28)")]
+Guidance = Annotated[float | None, typer.Option(help="guidance scale (default: the run's, else 1)")]
+Seed = Annotated[int | None, typer.Option(min=0, help="noise seed (default: the run's, else 0)")]
+Reward = Annotated[list[str] | None, typer.Option(help="reward name or path; repeatable (default: the run's)")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Scale = Annotated[float, typer.Option(help="strength of the adapter; 0 is the base")]
+
+
+@app.command()
+def sample(
+    target: Target,
+    prompt: Annotated[list[str], typer.Argument(help="prompts")],
+    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("outputs/samples"),
+    n: Annotated[int, typer.Option(min=1, help="images per prompt")] = 4,
+    adapter: Adapter = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = None,
+    scale: Scale = 1.0,
+    debug: Debug = False,
+) -> None:
+    """Generate images and a contact sheet."""
+    console = Console()
+    with readable_errors(console, debug):
+        from align.evaluate import sample_images
+        from align.grids import as_image, image_sheet, save_png
+        from align.inference import load_target
+
+        setup = load_target(target, adapter, steps, guidance, seed, scale)
+        texts = [p for p in prompt for _ in range(n)]
+        images = []
+        with console.status(f"sampling {len(texts)} images"):
+            for first in range(0, len(texts), 16):
+                index = list(range(first, min(first + 16, len(texts))))
+                chunk = [texts[i] for i in index]
+                images += list(sample_images(setup.model, chunk, index, setup.num_steps, setup.guidance_scale, setup.seed))
+        for i, image in enumerate(images):
+            save_png(as_image(image), out / f"{i:04d}.png")
+        sheet = save_png(image_sheet(images, texts, columns=n), out / "sheet.png")
+        console.print(f"{len(images)} images in {out}, all on {sheet}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def grid(
+    target: Target,
+    prompts: Prompts = None,
+    n: Annotated[int, typer.Option(min=1, help="number of prompts")] = 8,
+    out: Annotated[Path | None, typer.Option(help="PNG to write (default: RUN/grids/grid.png)")] = None,
+    adapter: Adapter = None,
+    reward: Reward = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = None,
+    scale: Scale = 1.0,
+    debug: Debug = False,
+) -> None:
+    """Draw prompts x {base, tuned} from the same noise, with scores under each image."""
+    console = Console()
+    with readable_errors(console, debug):
+        from align.inference import chosen_prompts, chosen_rewards, compare, load_target
+
+        setup = load_target(target, adapter, steps, guidance, seed, scale)
+        found = chosen_prompts(setup, prompts, n)
+        columns = compare(setup, chosen_rewards(setup, reward or []), found, console, keep=n)
+        path = out or (Path(target) / "grids" / "grid.png" if setup.config else Path("outputs/grid.png"))
+        console.print(f"grid: {save_comparison(path, columns, n)}", highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def eval_command(
+    target: Target,
+    prompts: Prompts = None,
+    n: Annotated[int | None, typer.Option(min=1, help="use only the first n prompts")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for JSON and grid (default: RUN/eval/STEPS-steps)")] = None,
+    adapter: Adapter = None,
+    reward: Reward = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = None,
+    scale: Scale = 1.0,
+    debug: Debug = False,
+) -> None:
+    """Score base and tuned on a prompt file: JSON, grid and a table with paired 95 % intervals."""
+    console = Console()
+    with readable_errors(console, debug):
+        from align.errors import UserError
+        from align.evaluate import paired_interval
+        from align.inference import chosen_prompts, chosen_rewards, compare, load_target
+        from align.tracking import write_json
+
+        setup = load_target(target, adapter, steps, guidance, seed, scale)
+        rewards = chosen_rewards(setup, reward or [])
+        if not rewards:
+            raise UserError("give at least one --reward NAME")
+        found = chosen_prompts(setup, prompts, n)
+        columns = compare(setup, rewards, found, console, keep=8)
+        folder = out or (Path(target) if setup.config else Path("outputs")) / "eval" / f"{setup.num_steps}-steps"
+        for label, evaluation in columns.items():
+            write_json(folder / f"{label}.json", evaluation.to_json())
+        path = save_comparison(folder / "grid.png", columns, min(8, len(found)))
+        last = columns.get("tuned", columns["base"])
+        base = columns["base"].scores
+        summary = {
+            "base": {k: base.mean(k) for k in rewards},
+            "tuned": {k: last.scores.mean(k) for k in rewards},
+            "delta_ci95": {k: paired_interval(base.values[k], last.scores.values[k]) for k in rewards},
+            "adapter": str(setup.adapter),
+            "grid": str(path),
+            "report": str(folder),
+        }
+        write_json(folder / "summary.json", summary)
+        print_summary(summary, len(found), console)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run's folder")], debug: Debug = False) -> None:
+    """Write report.html of a run (finished or not)."""
+    console = Console()
+    with readable_errors(console, debug):
+        from align.report import write_report
+
+        console.print(f"report: {write_report(run)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    config: Annotated[str, typer.Argument(help="YAML file of a run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings on top of it")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="timed iterations, after one warm-up")] = 3,
+    random: Annotated[str | None, typer.Option(help="random weights of this true size instead: sd35-medium")] = None,
+    out: Annotated[Path, typer.Option(help="result file")] = Path("benchmarks/results/bench.json"),
+    debug: Debug = False,
+) -> None:
+    """Time full iterations: seconds per stage, peak memory and model FLOP utilisation."""
+    console = Console()
+    with readable_errors(console, debug):
+        from align.bench import run_bench
+        from align.config import load_config
+
+        run_bench(load_config(config, overrides or []), iterations, random, out, console)
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

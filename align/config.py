@@ -1,0 +1,293 @@
+"""The whole configuration of a run: composed of the rooms' own dataclasses, loaded from YAML and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from align.advantages import AdvantageConfig
+from align.errors import UserError
+from align.models.base import ModelConfig
+from align.objectives import ObjectiveConfig
+from align.schema import build, nearest
+from rewards.registry import RewardConfig
+from samplers.config import SamplerConfig
+
+_REPOSITORY = Path(__file__).parent.parent / "configs"
+CONFIG_DIR = _REPOSITORY if _REPOSITORY.is_dir() else Path(__file__).parent / "configs"
+
+
+@dataclass
+class PromptsConfig:
+    """Where prompts come from: `playground:train`, a .txt (one a line), a .jsonl ({"prompt": ..., "metadata": {}})."""
+
+    train: str = "playground:train"
+    """Prompts that are trained on, visited in a seeded random order without repetition within an epoch."""
+    eval: str = "playground:heldout_test"
+    """Held-out prompts for evaluation; never trained on."""
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser of the adapter."""
+
+    lr: float = 3e-4
+    """AdamW learning rate (3e-4: Flow-GRPO and DiffusionNFT with LoRA)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moment decays."""
+    weight_decay: float = 1e-4
+    """AdamW decoupled weight decay."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradient norm limit; larger gradients are scaled down to it."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up; cosine falls to `final_lr_fraction` at the last iteration."""
+    warmup_updates: int = 0
+    """Updates of linear warm-up."""
+    final_lr_fraction: float = 0.1
+    """Where the cosine ends, as a fraction of `lr`."""
+    ema_decay: float = 0.9
+    """Decay of the evaluation average, min((1+n)/(10+n), ema_decay); what is evaluated and exported. 0: none."""
+    ema_every: int = 1
+    """Updates between two steps of the average."""
+
+
+@dataclass
+class TrainConfig:
+    """Size and length of a run. Global numbers: they do not depend on the number of processes."""
+
+    iterations: int = 100
+    """Rounds of rollout + updates."""
+    seed: int = 0
+    """Seed of data order, noise and adapter initialisation."""
+    prompts_per_iteration: int = 48
+    """Groups P per iteration, over all processes."""
+    group_size: int = 24
+    """Images G per prompt that are compared with each other."""
+    updates_per_iteration: int = 1
+    """Optimiser steps per iteration, each on an equal share of the samples."""
+    micro_batch: int = 8
+    """(sample, step) pairs per forward-backward on one process; results do not depend on it."""
+    rollout_batch: int = 16
+    """Images sampled and decoded at once on one process; results do not depend on it."""
+    max_invalid_fraction: float = 0.2
+    """Share of missing scores above which an iteration is skipped; three skips in a row stop the run."""
+
+
+@dataclass
+class EvalConfig:
+    """Held-out evaluation: same prompts and same noise for base and tuned, deterministic sampling."""
+
+    every: int = 10
+    """Iterations between evaluations on the first `during` prompts; 0: only at the end."""
+    during: int = 64
+    """Prompts of the evaluations during the run."""
+    prompts: int = 256
+    """Prompts of the final evaluation (base and tuned)."""
+    num_steps: int = 40
+    """Sampling steps at deployment."""
+    guidance_scale: float | None = None
+    """Guidance at deployment; null: that of the sampler."""
+    seed: int = 1234
+    """Seed of the evaluation noise."""
+    grid_prompts: int = 8
+    """Rows of the comparison grid."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    every: int = 50
+    """Iterations between checkpoints (one is always written at the end and on SIGTERM)."""
+    keep: int = 3
+    """Newest checkpoints kept; older ones are deleted."""
+    resume: str = "auto"
+    """auto: continue the newest checkpoint of this run, if any. never: refuse to touch an existing run. Or a checkpoint folder."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str = "run"
+    """Folder name below `output_dir`."""
+    output_dir: str = "outputs"
+    """Where runs land."""
+    preset: list[str] = field(default_factory=list)
+    """Presets merged below this file, in order: names under configs/methods or configs/models, or paths."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    """name -> reward; the weighted sum is trained."""
+    eval_rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    """Further rewards that are only measured, never trained."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers through Accelerate (tensorboard, wandb, ...); metrics.jsonl is always written."""
+
+    @property
+    def run_dir(self) -> Path:
+        """outputs/<run>."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def samples_per_iteration(self) -> int:
+        """N = P x G."""
+        return self.train.prompts_per_iteration * self.train.group_size
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, put its presets below it and `key=value` overrides on top.
+
+    Raises: UserError that lists every mistake found, each on its own line.
+    """
+    overlay = _overrides(overrides)
+    own = _plain(_read_yaml(Path(path), "config file"))
+    names = overlay.get("preset", own.get("preset", []))
+    names = [names] if isinstance(names, str) else list(names or [])
+    layers = [_plain(_read_yaml(preset_path(n), f"preset '{n}'")) for n in names]
+    merged = _plain(OmegaConf.merge(*[OmegaConf.create(layer) for layer in [*layers, own, overlay]]))
+    merged["preset"] = names
+    merged.setdefault("name", Path(path).stem)
+    return parse_config(merged)
+
+
+def parse_config(data: dict[str, Any]) -> Config:
+    """Typed `Config` of plain nested data. Raises: UserError listing every mistake."""
+    errors: list[str] = []
+    config = build(Config, data, errors=errors)
+    if not errors:
+        errors += validate(config)
+    if errors:
+        raise UserError("\n".join(errors))
+    return config
+
+
+def preset_path(name: str) -> Path:
+    """File of preset `name`: a path, or a name below configs/methods, configs/models or configs."""
+    candidates = [Path(name), *(CONFIG_DIR / sub / f"{name}.yaml" for sub in ("methods", "models", "."))]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(p.stem for sub in ("methods", "models") for p in (CONFIG_DIR / sub).glob("*.yaml"))
+    raise UserError(f"preset: no preset '{name}'{nearest(name, known)}; known: {', '.join(known)}")
+
+
+def validate(config: Config) -> list[str]:
+    """Impossible values and combinations, one line each."""
+    errors = config.model.validate()
+    errors += [f"sampler.{line}" for line in config.sampler.validate()]
+    errors += [f"advantage.{line}" for line in config.advantage.validate()]
+    errors += [f"objective.{line}" for line in config.objective.validate(config.sampler.num_steps)]
+    for kind, group in (("rewards", config.rewards), ("eval_rewards", config.eval_rewards)):
+        for name, reward in group.items():
+            errors += [f"{kind}.{name}.{line}" for line in reward.validate()]
+    if not config.rewards:
+        errors.append("rewards: none given; add for example  rewards: {verifier: {type: verifier}}")
+    elif all(r.weight == 0 for r in config.rewards.values()):
+        errors.append("rewards: every weight is 0, so there is nothing to learn")
+    for name in set(config.rewards) & set(config.eval_rewards):
+        errors.append(f"eval_rewards.{name}: already in rewards, which are always evaluated too")
+    errors += _minimums(config)
+    errors += _combinations(config)
+    return errors
+
+
+def _minimums(config: Config) -> list[str]:
+    lowest = {
+        "train.iterations": 1, "train.prompts_per_iteration": 1, "train.group_size": 2, "train.micro_batch": 1,
+        "train.updates_per_iteration": 1, "train.rollout_batch": 1, "train.seed": 0, "eval.every": 0, "eval.during": 1,
+        "eval.prompts": 1, "eval.num_steps": 1, "eval.grid_prompts": 1, "eval.seed": 0, "checkpoint.every": 1,
+        "checkpoint.keep": 1, "optim.ema_every": 1, "optim.warmup_updates": 0,
+    }  # fmt: skip
+    errors = []
+    for key, low in lowest.items():
+        room, name = key.split(".")
+        value = getattr(getattr(config, room), name)
+        if value < low:
+            errors.append(f"{key}: must be at least {low}, got {value}")
+    for key in ("lr", "max_grad_norm", "eps"):
+        if getattr(config.optim, key) <= 0:
+            errors.append(f"optim.{key}: must be positive, got {getattr(config.optim, key)}")
+    for key in ("ema_decay", "final_lr_fraction"):
+        if not 0 <= getattr(config.optim, key) < 1 + (key != "ema_decay"):
+            errors.append(f"optim.{key}: must be between 0 and 1, got {getattr(config.optim, key)}")
+    if not 0 <= config.train.max_invalid_fraction <= 1:
+        errors.append("train.max_invalid_fraction: must be between 0 and 1")
+    if "/" in config.name or config.name in ("", ".", ".."):
+        errors.append(f"name: must be a plain folder name, got '{config.name}'")
+    return errors
+
+
+def _combinations(config: Config) -> list[str]:
+    errors = []
+    samples, updates = config.samples_per_iteration, config.train.updates_per_iteration
+    if updates > 0 and samples % updates:
+        errors.append(f"train.updates_per_iteration: {updates} does not divide the {samples} samples of an iteration")
+    if config.objective.type == "clipped_ratio" and config.sampler.kernel == "ode":
+        errors.append(
+            "sampler.kernel: 'ode' is deterministic, so it has no probability ratio; objective.type clipped_ratio needs "
+            "flow_sde, dance_sde or cps (or use objective.type forward_process)"
+        )
+    if config.objective.type == "forward_process" and config.sampler.kernel != "ode":
+        errors.append(
+            f"sampler.kernel: objective.type forward_process trains on final images only and collects them with 'ode'; "
+            f"got '{config.sampler.kernel}'"
+        )
+    return errors
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same object."""
+    return OmegaConf.to_yaml(OmegaConf.create({k: _listed(v) for k, v in dataclasses.asdict(config).items()}))
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _listed(v) for k, v in value.items()}
+    return [_listed(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read_yaml(path: Path, what: str) -> DictConfig:
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")]) if path.parent.is_dir() else ""
+        raise UserError(f"{what}: no file {path}{near}")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as problem:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from problem
+    if isinstance(loaded, ListConfig):
+        raise UserError(f"{path}: expected a mapping at the top, got a list")
+    return loaded
+
+
+def _overrides(items: Sequence[str]) -> dict[str, Any]:
+    for item in items:
+        if "=" not in item:
+            raise UserError(f"'{item}': overrides are written key=value, for example train.iterations=20")
+    try:
+        return _plain(OmegaConf.from_dotlist(list(items)))
+    except (YAMLError, OmegaConfBaseException) as problem:
+        raise UserError(f"overrides: {' '.join(str(problem).split())}") from problem
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as problem:
+        raise UserError(f"config: {' '.join(str(problem).split())}") from problem

@@ -1,0 +1,150 @@
+"""How an iteration's samples are spread over processes, updates and micro-batches, and what a run will need."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from align.config import Config
+from align.errors import UserError
+from samplers.noise import keyed_generator
+
+ORDER_STREAM = 0x6F72646572
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Counts of one iteration."""
+
+    processes: int
+    samples: int
+    """N = prompts x group size, over all processes."""
+    updates: int
+    pairs_per_sample: int
+    """Stochastic steps S (clipped_ratio) or re-noised times (forward_process) trained per image."""
+    micro_batch: int
+
+    @property
+    def local_samples(self) -> int:
+        """Images per process."""
+        return self.samples // self.processes
+
+    @property
+    def pairs_per_update(self) -> int:
+        """(sample, step) pairs per update on one process."""
+        return self.local_samples // self.updates * self.pairs_per_sample
+
+    @property
+    def accumulation(self) -> int:
+        """Forward-backward passes per update on one process."""
+        return math.ceil(self.pairs_per_update / self.micro_batch)
+
+
+def geometry(config: Config, processes: int) -> Geometry:
+    """Counts for `processes` processes. Raises: UserError if the samples cannot be divided evenly."""
+    samples, updates = config.samples_per_iteration, config.train.updates_per_iteration
+    if samples % (processes * updates):
+        raise UserError(
+            f"train: {config.train.prompts_per_iteration} prompts x group_size {config.train.group_size} = {samples} images "
+            f"cannot be split over {processes} processes x {updates} updates; make their product divide it"
+        )
+    return Geometry(processes, samples, updates, pairs_per_sample(config), config.train.micro_batch)
+
+
+def pairs_per_sample(config: Config) -> int:
+    """(sample, step) pairs trained per image."""
+    if config.objective.type == "forward_process":
+        from align.objectives import draw_times
+
+        grid = torch.linspace(1, 0, config.sampler.num_steps + 1)
+        return draw_times(grid, [0], 0, 0, config.objective.times_per_sample, config.objective.time_range).shape[1]
+    return len(config.sampler.make_plan(0, 0).stochastic)
+
+
+def local_order(shape: Geometry, rank: int, seed: int, iteration: int) -> list[list[int]]:
+    """Global sample indices of process `rank`, one list per update.
+
+    The samples of an update are the same set for any number of processes: a keyed permutation cut into updates, each
+    cut into processes.
+    """
+    order = keyed_generator(seed=seed, iteration=iteration, stream=ORDER_STREAM).permutation(shape.samples).tolist()
+    size, share = shape.samples // shape.updates, shape.local_samples // shape.updates
+    return [order[u * size + rank * share : u * size + (rank + 1) * share] for u in range(shape.updates)]
+
+
+def geometry_table(config: Config, shape: Geometry) -> Table:
+    """The numbers a person checks before leaving a run alone."""
+    table = Table(title="batch geometry", title_justify="left", show_header=False, title_style="bold")
+    for name, value, formula in (
+        ("images per iteration", shape.samples, f"{config.train.prompts_per_iteration} prompts x {config.train.group_size}"),
+        ("processes", shape.processes, ""),
+        ("images per process", shape.local_samples, f"sampled {config.train.rollout_batch} at a time"),
+        ("pairs per image", shape.pairs_per_sample, f"of {config.sampler.num_steps} sampling steps"),
+        ("updates per iteration", shape.updates, f"{shape.samples // shape.updates} images each"),
+        ("micro-batch", shape.micro_batch, "pairs per forward-backward on one process"),
+        ("gradient accumulation", shape.accumulation, f"{shape.pairs_per_update} pairs / micro-batch"),
+    ):
+        table.add_row(name, f"{value:,}", f"[dim]{formula}[/dim]")
+    return table
+
+
+def memory_estimate(config: Config) -> dict[str, Any]:
+    """Parameter counts (exact, from the configs) and a rough peak of memory on one process, in GiB.
+
+    Nothing is loaded: the denoiser and VAE are built on the meta device. Activations are estimated as 34 bytes per
+    token, channel and layer in half precision (68 in float32), or one tensor per layer with checkpointing.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+    from peft import LoraConfig
+
+    from align.models.base import family_of, pipeline_index, resolve_path
+
+    family, index, path = family_of(config.model), pipeline_index(config.model), resolve_path(config.model)
+    parts: dict[str, Any] = {}
+    with init_empty_weights():
+        for name in (family.denoiser_name, "vae"):
+            cls = getattr(diffusers, index[name][1])
+            parts[name] = cls.from_config(cls.load_config(path, subfolder=name, revision=config.model.revision))
+        network = parts[family.denoiser_name]
+        total = sum(p.numel() for p in network.parameters())
+        settings = config.model.lora
+        targets = list(settings.targets or family.lora_targets)
+        try:
+            network.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
+        except ValueError as problem:
+            raise UserError(f"model.lora.targets: {str(problem).splitlines()[0]}") from problem
+    trainable = sum(p.numel() for n, p in network.named_parameters() if "lora_" in n)
+    vae = sum(p.numel() for p in parts["vae"].parameters())
+    width = 4 if config.model.precision == "fp32" else 2
+    copies = 4 + (config.optim.ema_decay > 0) + (config.objective.type == "forward_process")
+    activations = _activations(config, network, width)
+    gib = 1024**3
+    return {
+        "denoiser_parameters": total,
+        "vae_parameters": vae,
+        "trainable_parameters": trainable,
+        "weights_gib": (total * width + vae * 4) / gib,
+        "training_state_gib": trainable * 4 * copies / gib,
+        "activations_gib": activations / gib,
+        "total_gib": (total * width + vae * 4 + trainable * 4 * copies + activations) / gib,
+    }
+
+
+def _activations(config: Config, network: Any, width: int) -> float:
+    shape = network.config
+    layers = shape.get("num_layers") or 1
+    channels = (shape.get("num_attention_heads") or 1) * (shape.get("attention_head_dim") or 64)
+    side = (config.model.resolution // 8 if config.model.resolution else shape.get("sample_size") or 64) / (
+        shape.get("patch_size") or 1
+    )
+    tokens = (side * side + 77 + config.model.max_sequence_length) * config.train.micro_batch
+    guidance = 1 if config.sampler.guidance_scale == 1 else 2
+    one_layer = 17 * width * tokens * channels * guidance
+    if config.model.gradient_checkpointing:
+        return one_layer + layers * tokens * channels * width * guidance
+    return layers * one_layer

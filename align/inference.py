@@ -1,0 +1,128 @@
+"""What `align sample`, `grid` and `eval` share: a model with or without an adapter, from a run or from options."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import Progress
+
+from align.config import Config, load_config
+from align.errors import UserError
+from align.evaluate import Evaluation, evaluate
+from align.models.base import ImageModel, ModelConfig, load_model
+from align.prompts import Prompt, load_prompts
+from rewards.base import Reward
+from rewards.registry import RewardConfig, build_reward
+
+
+@dataclass
+class Setup:
+    """A loaded model and how to sample from it."""
+
+    model: ImageModel
+    adapter: Path | None
+    num_steps: int
+    guidance_scale: float
+    seed: int
+    config: Config | None
+    """The run's configuration when the target is a run's folder."""
+
+
+def load_target(
+    target: str,
+    adapter: str | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int | None = None,
+    scale: float = 1.0,
+) -> Setup:
+    """Load a run's folder (its model, adapter and evaluation settings) or a model (folder, hub id, `playground`).
+
+    Options that are given win over the run's. Raises: UserError if the target or the adapter cannot be loaded.
+    """
+    run_dir = Path(target)
+    config = load_config(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(adapter) if adapter else None
+    if config is not None:
+        model_config = replace(config.model, encoders="keep", compile=False)
+        folder = folder or run_dir / "adapter"
+        num_steps = num_steps or config.eval.num_steps
+        if guidance_scale is None:
+            guidance_scale = config.eval.guidance_scale
+            guidance_scale = config.sampler.guidance_scale if guidance_scale is None else guidance_scale
+        seed = config.eval.seed if seed is None else seed
+    else:
+        model_config = ModelConfig(path=target, precision="bf16" if device == "cuda" else "fp32")
+    model = load_model(model_config, device)
+    if folder is not None:
+        model.load_adapter(folder, scale)
+    model.finish_setup()
+    return Setup(
+        model, folder, num_steps or 28, 1.0 if guidance_scale is None else guidance_scale, seed if seed is not None else 0, config
+    )
+
+
+def chosen_prompts(setup: Setup, source: str | None, count: int | None) -> list[Prompt]:
+    """Prompts of `source`, or of the run's held-out set, at most `count`."""
+    if source is None:
+        if setup.config is None:
+            raise UserError("give --prompts FILE (a .txt, a .jsonl, or playground:heldout_test)")
+        source = setup.config.prompts.eval
+    prompts = load_prompts(source)
+    return prompts if count is None else prompts[:count]
+
+
+def chosen_rewards(setup: Setup, names: list[str]) -> dict[str, Reward]:
+    """Rewards by registry name or path; without names, those of the run."""
+    configs: dict[str, RewardConfig] = {name: RewardConfig(type=name) for name in names}
+    if not configs and setup.config is not None:
+        configs = {**setup.config.rewards, **setup.config.eval_rewards}
+    rewards = {}
+    for name, settings in configs.items():
+        rewards[name] = build_reward(name, settings)
+        rewards[name].setup(setup.model.device, torch.float32)
+    return rewards
+
+
+def compare(
+    setup: Setup, rewards: dict[str, Reward], prompts: list[Prompt], console: Console, *, keep: int, batch_size: int = 16
+) -> dict[str, Evaluation]:
+    """Evaluations of {base, tuned} (only {base} without an adapter) on the same prompts and noise."""
+    columns: dict[str, contextlib.AbstractContextManager[Any]] = {"base": setup.model.reference()}
+    if setup.adapter is not None:
+        columns["tuned"] = contextlib.nullcontext()
+    found = {}
+    accelerator = Accelerator()
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        for label, weights in columns.items():
+            task = bar.add_task(f"{label}: sampling and scoring", total=len(prompts))
+            found[label] = evaluate(
+                setup.model,
+                rewards,
+                prompts,
+                accelerator,
+                num_steps=setup.num_steps,
+                guidance_scale=setup.guidance_scale,
+                seed=setup.seed,
+                batch_size=batch_size,
+                keep_images=keep,
+                weights=weights,
+                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
+            )
+    return found
+
+
+def run_summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    path = run_dir / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{run_dir}: no summary.json; is it a finished run?")
+    return dict(json.loads(path.read_text(encoding="utf-8")))

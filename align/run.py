@@ -1,0 +1,337 @@
+"""Everything a loop works with: model, adapter, optimiser, averages, rewards, prompts, counters; saved and restored."""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradScalerKwargs, gather_object
+from rich.console import Console
+from torch import Tensor
+
+from align import checkpoint
+from align.config import Config, to_yaml
+from align.errors import UserError
+from align.geometry import Geometry, geometry
+from align.models.base import ImageModel, load_model
+from align.objectives import old_policy_decay
+from align.prompts import Prompt, load_prompts, prompt_indices
+from align.tracking import Tracker, write_json
+from align.weights import WeightAverage
+from rewards.base import Reward
+from rewards.registry import build_reward
+from samplers.grids import make_grid
+
+
+@dataclass
+class Counters:
+    """Numbers that grow over a run and survive a resume."""
+
+    iteration: int = 0
+    """Iterations done."""
+    updates: int = 0
+    """Optimiser steps taken."""
+    nfe: int = 0
+    """Network evaluations over all images and processes: a forward is 1, a backward 2 (3 with checkpointing)."""
+    seconds: float = 0.0
+    """Wall time of the iterations, without evaluations."""
+    skipped_updates: int = 0
+    """Updates skipped for a non-finite gradient."""
+    consecutive_bad: int = 0
+    """Non-finite updates in a row."""
+    invalid_iterations: int = 0
+    """Iterations in a row skipped for missing scores."""
+
+
+@dataclass
+class Run:
+    """The state of one run on one process."""
+
+    config: Config
+    accelerator: Accelerator
+    console: Console
+    model: ImageModel
+    parameters: list[torch.nn.Parameter]
+    optimizer: Any
+    average: WeightAverage | None
+    old: WeightAverage | None
+    """forward_process: the lagging weights that collect images and anchor the loss."""
+    behaviour: WeightAverage | None
+    """clipped_ratio with ratio repair: the weights that sampled this iteration."""
+    rewards: dict[str, Reward]
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    grid: Tensor
+    shape: Geometry
+    counters: Counters = field(default_factory=Counters)
+    tracker: Tracker | None = None
+    interrupted: bool = False
+    warned: set[str] = field(default_factory=set)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process reports and writes."""
+        return bool(self.accelerator.is_main_process)
+
+    def warn_once(self, key: str, text: str) -> None:
+        """Print a warning the first time `key` comes up."""
+        if key not in self.warned and self.main:
+            self.console.print(f"[yellow]warning:[/yellow] {text}")
+        self.warned.add(key)
+
+    def stop_requested(self) -> bool:
+        """Whether any process was asked to stop (all processes agree)."""
+        flag = torch.tensor(float(self.interrupted), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def learning_rate(self) -> float:
+        """Rate of the next update: linear warm-up, then constant or cosine over the whole run."""
+        config, done = self.config.optim, self.counters.updates
+        if done < config.warmup_updates:
+            return config.lr * (done + 1) / config.warmup_updates
+        if config.schedule == "constant":
+            return config.lr
+        total = self.config.train.iterations * self.config.train.updates_per_iteration
+        progress = min(1.0, (done - config.warmup_updates) / max(1, total - config.warmup_updates))
+        low = config.final_lr_fraction
+        return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state (main process writes, all take part)."""
+        tensors = {f"param.{i}": p.detach() for i, p in enumerate(self.parameters)}
+        state: dict[str, Any] = {"counters": vars(self.counters), "averages": {}}
+        for name, average in (("average", self.average), ("old", self.old)):
+            if average is not None:
+                tensors |= {f"{name}.{i}": p for i, p in enumerate(average.shadow_params)}
+                state["averages"][name] = average.optimization_step
+        tensors |= checkpoint.optimizer_tensors(self.optimizer)
+        scaler = self.accelerator.scaler
+        state["scaler"] = scaler.state_dict() if scaler is not None else None
+        for rank, rng in enumerate(gather_object([_rng_state()])):
+            tensors |= {f"rng.{rank}.{k}": v for k, v in rng["tensors"].items()}
+            state.setdefault("rng", []).append(rng["json"])
+        if self.main:
+            arguments = (self.counters.iteration, tensors, state, self.model, self.config.checkpoint.keep)
+            checkpoint.save_checkpoint(self.config.run_dir, *arguments)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, folder: Any) -> None:
+        """Continue exactly where the checkpoint in `folder` was written."""
+        tensors, state = checkpoint.load_checkpoint(folder)
+        if sum(k.startswith("param.") for k in tensors) != len(self.parameters):
+            raise UserError(f"{folder}: made for another model or LoRA; use a new name or the run's own config")
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"param.{i}"])
+            for name, average in (("average", self.average), ("old", self.old)):
+                if average is not None:
+                    for i, shadow in enumerate(average.shadow_params):
+                        shadow.copy_(tensors[f"{name}.{i}"])
+                    average.optimization_step = state["averages"][name]
+        checkpoint.restore_optimizer(self.optimizer, tensors)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        rank = self.accelerator.process_index
+        if rank < len(state["rng"]):
+            _restore_rng({k: tensors[f"rng.{rank}.{k}"] for k in ("cpu",)}, state["rng"][rank])
+        self.counters = Counters(**state["counters"])
+
+
+def start(config: Config, console: Console, model: ImageModel | None = None) -> Run:
+    """Build everything for `config` and continue the run's newest checkpoint if there is one and it may.
+
+    `model`: use this one, its prompts already cached, instead of loading `config.model`.
+
+    Raises: UserError for anything a person can put right.
+    """
+    accelerator = _accelerator(config)
+    folder = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.resume)
+    shape = geometry(config, accelerator.num_processes)
+    train_prompts, eval_prompts = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
+    rewards = build_rewards(config, accelerator.device)
+    if accelerator.is_main_process:
+        write_run_files(config, accelerator, resumed=folder is not None)
+    eval_prompts = eval_prompts[: config.eval.prompts]
+    if model is None:
+        with console.status("loading the model"):
+            model = load_model(config.model, accelerator.device)
+        if config.model.encoders == "release":
+            cache_prompts(model, used_prompts(config, train_prompts) + [p.text for p in eval_prompts], console)
+            model.release_encoders()
+    model.guidance_scale = config.sampler.guidance_scale
+    parameters = model.add_lora(config.train.seed)
+    model.finish_setup()
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, eps=optim.eps
+    )
+    grid = make_grid(
+        config.sampler.grid,
+        config.sampler.num_steps,
+        scheduler=model.pipe.scheduler,
+        shift=config.sampler.shift,
+        custom=config.sampler.custom_grid,
+    ).to(accelerator.device)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        console=console,
+        model=model,
+        parameters=parameters,
+        optimizer=accelerator.prepare(optimizer),
+        average=WeightAverage(parameters, decay=optim.ema_decay) if optim.ema_decay > 0 else None,
+        old=_old_policy(config, parameters),
+        behaviour=WeightAverage(parameters, decay_of=lambda n: 0.0) if config.objective.ratio_repair != "off" else None,
+        rewards=rewards,
+        train_prompts=train_prompts,
+        eval_prompts=eval_prompts,
+        grid=grid,
+        shape=shape,
+    )
+    if folder is not None:
+        run.restore(folder)
+        console.print(f"resuming at iteration {run.counters.iteration} from {folder}")
+    accelerator.init_trackers("logs", config={"config": to_yaml(config)} if "tensorboard" not in config.trackers else None)
+    run.tracker = Tracker(config.run_dir, accelerator, run.counters.iteration)
+    _stop_on_sigterm(run)
+    return run
+
+
+def used_prompts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+    """The training prompts that the run will visit."""
+    count = min(len(prompts), config.train.iterations * config.train.prompts_per_iteration)
+    return [prompts[i].text for i in prompt_indices(len(prompts), count, 0, config.train.seed)]
+
+
+def cache_prompts(model: ImageModel, prompts: Sequence[str], console: Console) -> None:
+    """Embed `prompts` with a progress bar."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("embedding prompts", total=None)
+        model.cache_prompts(prompts, progress=lambda n, total: bar.update(task, advance=n, total=total))
+
+
+def build_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
+    """Trained and measured-only rewards by name, ready to score on `device`."""
+    rewards = {}
+    for name, settings in {**config.rewards, **config.eval_rewards}.items():
+        rewards[name] = build_reward(name, settings)
+        rewards[name].setup(device, torch.float32)
+    return rewards
+
+
+def write_run_files(config: Config, accelerator: Accelerator, resumed: bool) -> None:
+    """config.yaml and environment.json of a run; a resumed run must have the same config but for its length and output."""
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text, path = to_yaml(config), run_dir / "config.yaml"
+    if resumed and path.is_file():
+        changed = _changed_keys(path.read_text(encoding="utf-8"), text)
+        if changed:
+            raise UserError(
+                f"{run_dir} was started with other settings ({', '.join(changed)}); choose another name=..., or restore them"
+            )
+    path.write_text(text, encoding="utf-8")
+    write_json(run_dir / "environment.json", environment(accelerator))
+
+
+_MAY_CHANGE = ("train.iterations", "train.micro_batch", "train.rollout_batch", "eval", "checkpoint", "trackers", "preset")
+
+
+def _changed_keys(before: str, after: str) -> list[str]:
+    from omegaconf import OmegaConf
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+
+    old, new = (flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, after))
+    differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    return [k for k in differing if not any(k == m or k.startswith(f"{m}.") for m in _MAY_CHANGE)]
+
+
+def environment(accelerator: Accelerator | None = None) -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    names = ("torch", "diffusers", "transformers", "accelerate", "peft", "open-clip-torch", "numpy", "flow-align")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "gpus": gpus,
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes if accelerator else 1,
+        "device": str(accelerator.device) if accelerator else None,
+    }
+
+
+def _accelerator(config: Config) -> Accelerator:
+    mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.model.precision]
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed,
+            log_with=config.trackers or None,
+            project_dir=config.run_dir,
+            kwargs_handlers=[GradScalerKwargs(init_scale=1024.0)] if mixed == "fp16" else [],
+        )
+    except ValueError as problem:
+        raise UserError(f"model.precision or trackers: {str(problem).splitlines()[0]}") from problem
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; flow-align trains an adapter with plain data "
+            "parallelism: launch with --multi_gpu (or run `accelerate config` again)"
+        )
+    return accelerator
+
+
+def _old_policy(config: Config, parameters: Sequence[torch.nn.Parameter]) -> WeightAverage | None:
+    objective = config.objective
+    if objective.type != "forward_process":
+        return None
+    start_at, slope, most = objective.old_decay_start, objective.old_decay_slope, objective.old_decay_max
+    return WeightAverage(parameters, decay_of=lambda n: old_policy_decay(n, start_at, slope, most))
+
+
+def _stop_on_sigterm(run: Run) -> None:
+    def handler(*_: Any) -> None:
+        run.interrupted = True
+
+    signal.signal(signal.SIGTERM, handler)
+
+
+def _rng_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - users' rewards may draw from it
+    version, internal, gauss = random.getstate()
+    return {
+        "tensors": {"cpu": torch.get_rng_state()},
+        "json": {
+            "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+            "python": [version, list(internal), gauss],
+        },
+    }
+
+
+def _restore_rng(tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    kind, keys, position, has_gauss, cached = data["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    version, internal, gauss = data["python"]
+    random.setstate((version, tuple(internal), gauss))
+

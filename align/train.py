@@ -1,0 +1,256 @@
+"""Entry of a run: `accelerate launch -m align.train CONFIG [key=value ...]`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from align.checkpoint import export_adapter
+from align.config import Config, load_config, to_yaml
+from align.errors import UserError
+from align.evaluate import Evaluation, evaluate, half_width, paired_interval
+from align.geometry import geometry, geometry_table, memory_estimate
+from align.grids import comparison_grid, save_png
+from align.launch import follow_launcher, spread_over_cpus
+from align.policy_loop import Interrupted, run_iteration
+from align.report import write_report
+from align.run import Run, start
+from align.tracking import write_json
+
+
+def train_command(
+    config: Annotated[str, typer.Argument(help="YAML file of the run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings on top of it")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print config, geometry and memory estimate; load nothing")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Fine-tune a model towards a reward."""
+    console = Console()
+    with readable_errors(console, debug):
+        settings = load_config(config, overrides or [])
+        if dry_run:
+            print_plan(settings, console)
+        else:
+            train(settings, console)
+
+
+@contextlib.contextmanager
+def readable_errors(console: Console, debug: bool) -> Iterator[None]:
+    """Turn UserError into its own lines and exit status 1; everything else keeps its traceback."""
+    try:
+        yield
+    except UserError as problem:
+        if debug:
+            raise
+        for line in str(problem).splitlines():
+            console.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+def print_plan(config: Config, console: Console) -> None:
+    """What `--dry-run` shows: resolved config, batch geometry, parameters and memory."""
+    console.print(to_yaml(config), markup=False, highlight=False)
+    console.print(geometry_table(config, geometry(config, 1)))
+    numbers = memory_estimate(config)
+    table = Table(title="size (memory is an estimate)", title_justify="left", show_header=False, title_style="bold")
+    for key, value in numbers.items():
+        name, unit = key.rsplit("_", 1)
+        table.add_row(f"{name.replace('_', ' ')}", f"{value:,.2f} GiB" if unit == "gib" else f"{value:,} {unit}")
+    console.print(table)
+
+
+def train(config: Config, console: Console) -> dict[str, Any] | None:
+    """Run `config` to its end; returns the summary, or None when stopped by SIGTERM (a checkpoint is then written).
+
+    Raises: UserError for anything a person can put right.
+    """
+    torch.manual_seed(config.train.seed)
+    run = start(config, console)
+    if not run.main:
+        run.console = console = Console(quiet=True)
+    console.print(geometry_table(config, run.shape))
+    base = _evaluate_base(run)
+    with _progress(console) as bar:
+        task = bar.add_task("iteration", total=config.train.iterations, completed=run.counters.iteration, stage="")
+        while run.counters.iteration < config.train.iterations:
+            if run.stop_requested() or not _one_iteration(run, bar, task):
+                run.save()
+                console.print(f"stopped: checkpoint of iteration {run.counters.iteration} written; the same command continues")
+                run.accelerator.end_training()
+                return None
+            done, last = run.counters.iteration, run.counters.iteration == config.train.iterations
+            if config.eval.every and done % config.eval.every == 0 and not last:
+                _evaluate_tuned(run, config.eval.during, bar, task)
+            if last or done % config.checkpoint.every == 0:
+                run.save()
+    summary = finish(run, base)
+    run.accelerator.end_training()
+    return summary
+
+
+def _one_iteration(run: Run, bar: Progress, task: Any) -> bool:
+    def report(stage: str, done: int, total: int) -> None:
+        bar.update(task, stage=f"{stage} {done}/{total}")
+
+    index = run.counters.iteration
+    try:
+        metrics = run_iteration(run, report)
+    except Interrupted:
+        return False
+    assert run.tracker is not None
+    run.tracker.log("train", index, metrics)
+    bar.update(task, completed=index + 1, stage="")
+    reward = metrics.get("reward/mean", float("nan"))
+    if not run.console.is_terminal and (index % 10 == 0 or index + 1 == run.config.train.iterations):
+        run.console.print(f"iteration {index}: reward {reward:.4f}, {run.counters.seconds:.0f} s", highlight=False)
+    bar.update(task, description=f"iteration · reward {reward:.3f}")
+    return True
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[stage]}"),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _evaluate(run: Run, count: int, keep: int, weights: Any, on_progress: Any = None) -> Evaluation:
+    config = run.config
+    guidance = config.eval.guidance_scale
+    return evaluate(
+        run.model,
+        run.rewards,
+        run.eval_prompts[:count],
+        run.accelerator,
+        num_steps=config.eval.num_steps,
+        guidance_scale=config.sampler.guidance_scale if guidance is None else guidance,
+        seed=config.eval.seed,
+        batch_size=config.train.rollout_batch,
+        keep_images=keep,
+        weights=weights,
+        progress=on_progress,
+    )
+
+
+def _evaluate_base(run: Run) -> Evaluation:
+    """Scores and grid images of the base model; read back from the run's folder after a resume."""
+    folder = run.config.run_dir
+    config, keep = run.config.eval, run.config.eval.grid_prompts
+    with _progress(run.console) as bar:
+        task = bar.add_task("evaluating the base", total=len(run.eval_prompts), stage="")
+        base = _evaluate(
+            run, config.prompts, keep, run.model.reference(), lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if run.main:
+        write_json(folder / "eval" / "base.json", base.to_json())
+    if run.counters.iteration == 0:
+        _log_evaluation(run, base, config.during)
+    return base
+
+
+def _evaluate_tuned(run: Run, count: int, bar: Progress | None = None, task: Any = None) -> Evaluation:
+    def on_progress(done: int, total: int) -> None:
+        if bar is not None:
+            bar.update(task, stage=f"evaluating {done}/{total}")
+
+    weights = run.average.applied() if run.average is not None else None
+    keep = run.config.eval.grid_prompts if count >= len(run.eval_prompts) else 0
+    tuned = _evaluate(run, count, keep, weights, on_progress)
+    _log_evaluation(run, tuned, run.config.eval.during)
+    return tuned
+
+
+def _log_evaluation(run: Run, evaluation: Evaluation, count: int) -> None:
+    # always over the same first prompts, so that the curve compares like with like
+    values: dict[str, float] = {"seconds": run.counters.seconds, "nfe": run.counters.nfe}
+    for name, scores in evaluation.scores.values.items():
+        values[f"eval/{name}"] = float(scores[:count].double().nanmean())
+        values[f"eval/{name}_ci95"] = half_width(scores[:count])
+    assert run.tracker is not None
+    run.tracker.log("eval", run.counters.iteration, values)
+
+
+def finish(run: Run, base: Evaluation) -> dict[str, Any]:
+    """Final evaluation, adapter, grid, report and summary.json of a completed run."""
+    config, folder = run.config, run.config.run_dir
+    with _progress(run.console) as bar:
+        task = bar.add_task("evaluating the tuned model", total=None, stage="")
+        tuned = _evaluate_tuned(run, len(run.eval_prompts), bar, task)
+    summary: dict[str, Any] = {}
+    if run.main:
+        write_json(folder / "eval" / "tuned.json", tuned.to_json())
+        with run.average.applied() if run.average is not None else contextlib.nullcontext():
+            adapter = export_adapter(run.model, folder / "adapter")
+        grid = save_comparison(folder / "grids" / "base_vs_tuned.png", {"base": base, "tuned": tuned}, config.eval.grid_prompts)
+        deltas = {
+            name: paired_interval(base.scores.values[name], tuned.scores.values[name]) for name in base.scores.values
+        }
+        summary = {
+            "base": {name: base.scores.mean(name) for name in base.scores.values},
+            "tuned": {name: tuned.scores.mean(name) for name in tuned.scores.values},
+            "delta_ci95": deltas,
+            "iterations": run.counters.iteration,
+            "nfe": run.counters.nfe,
+            "seconds": run.counters.seconds,
+            "adapter": str(adapter),
+            "grid": str(grid),
+            "report": str(folder / "report.html"),
+        }
+        write_json(folder / "summary.json", summary)
+        write_report(folder)
+        print_summary(summary, len(run.eval_prompts), run.console)
+    run.accelerator.wait_for_everyone()
+    return summary
+
+
+def save_comparison(path: Path, columns: dict[str, Evaluation], count: int) -> Path:
+    """Grid of the first `count` prompts, one column per evaluation, scores under each cell."""
+    first = next(iter(columns.values()))
+    picture = comparison_grid(
+        {label: list(e.images[:count]) for label, e in columns.items()},
+        [p.text for p in first.prompts[:count]],
+        {
+            label: {name: [float(x) for x in v[:count]] for name, v in e.scores.values.items()}
+            for label, e in columns.items()
+        },
+    )
+    save_png(picture, path)
+    return path
+
+
+def print_summary(summary: dict[str, Any], prompts: int, console: Console) -> None:
+    """The result as a person reads it."""
+    table = Table(title=f"held-out, {prompts} prompts, same noise", title_justify="left", title_style="bold")
+    for column in ("reward", "base", "tuned", "gain", "95 % interval"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    for name, base in summary["base"].items():
+        tuned, (low, high) = summary["tuned"][name], summary["delta_ci95"][name]
+        table.add_row(name, f"{base:.4f}", f"{tuned:.4f}", f"{tuned - base:+.4f}", f"[{low:+.4f}, {high:+.4f}]".replace("[", r"\["))
+    console.print(table)
+    for key in ("adapter", "grid", "report"):
+        console.print(f"{key:8}{summary[key]}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """`python -m align.train`."""
+    spread_over_cpus(sys.argv[1:])
+    follow_launcher()
+    typer.run(train_command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""From an iteration's samples to gradients: the two kinds of (sample, step) pairs and their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.errors import UserError
+from align.models.base import Conditioning
+from align.objectives import (
+    clipped_ratio_loss,
+    draw_times,
+    forward_process_loss,
+    guard_log_ratio,
+    noised_state,
+)
+from align.run import Run
+from samplers.kernels import KERNEL_LOG_PROB, Transition, log_prob, noise_interval, transition_kl, velocity_mse
+from samplers.noise import keyed_normal
+from samplers.plans import Plan
+from samplers.rollout import predict_transition
+
+FORWARD_STREAM = 0x666F7277
+FIRST_RATIO_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 1e-2}
+
+
+@dataclass
+class Batch:
+    """One process's samples of an iteration, in the order of its updates. n samples, T steps, S stochastic ones."""
+
+    iteration: int
+    samples: list[int]
+    """Global indices of the n samples."""
+    groups: list[int]
+    """Group of each sample: position of its prompt within the iteration."""
+    cond: Conditioning
+    final: Tensor
+    """(n, C, h, w) float32 final latents."""
+    states: dict[int, Tensor]
+    """step -> (n, C, h, w) stored states around stochastic steps; empty where no trajectory is needed."""
+    log_probs: Tensor
+    """(n, S) float32."""
+    plan: Plan
+
+
+@dataclass
+class Pairs:
+    """Rows of a micro-batch: local sample index and column (position in the plan, or of the drawn time) of each pair."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+def micro_batches(rows: Sequence[int], columns: int, size: int) -> Iterator[Pairs]:
+    """All (sample, column) pairs of an update, at most `size` at a time; steps of different times share a batch."""
+    grid = torch.cartesian_prod(torch.tensor(list(rows)), torch.arange(columns)).reshape(-1, 2)
+    for chunk in grid.split(size):
+        yield Pairs(chunk[:, 0], chunk[:, 1])
+
+
+def clipped_ratio_pairs(
+    run: Run, batch: Batch, pairs: Pairs, advantages: Tensor, lagging: bool
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Loss (M,) of stored steps scored again, diagnostics (M,), and forwards per pair.
+
+    advantages: (n, S); lagging: whether the weights that sampled differ from the live ones.
+    """
+    config, sampler = run.config.objective, run.config.sampler
+    steps = torch.tensor(batch.plan.stochastic)[pairs.columns]
+    x = torch.stack([batch.states[int(k)][int(j)] for j, k in zip(pairs.rows, steps, strict=True)])
+    x_next = torch.stack([batch.states[int(k) + 1][int(j)] for j, k in zip(pairs.rows, steps, strict=True)])
+    t, t_next = run.grid[steps], run.grid[steps + 1]
+
+    def predict() -> tuple[Transition, Tensor]:
+        return predict_transition(run.model.velocity, x, cond, t, t_next, sampler.kernel, sampler.noise_level)
+
+    cond = batch.cond.take(pairs.rows)
+    forwards, mean_old, reference = 1, None, None
+    with torch.no_grad():
+        if config.ratio_repair == "guard" and lagging and run.behaviour is not None:
+            with run.behaviour.applied():
+                mean_old = predict()[0].mean
+            forwards += 1
+        if config.kl_beta > 0:
+            with run.model.reference():
+                reference = predict()
+            forwards += 1
+    step, v = predict()
+    old = batch.log_probs[pairs.rows, pairs.columns].to(x.device)
+    score = log_prob(x_next, step.mean, step.std, KERNEL_LOG_PROB[sampler.kernel])
+    if config.ratio_repair == "guard":
+        score = guard_log_ratio(x_next, step.mean, step.mean.detach() if mean_old is None else mean_old, step.std)
+        old = torch.zeros_like(old)
+    weight = advantages[pairs.rows, pairs.columns].to(x.device)
+    loss, info = clipped_ratio_loss(score, old, weight, config.clip_range)
+    if reference is not None:
+        if config.kl_form == "velocity_mse":
+            penalty = velocity_mse(v, reference[1])
+        else:
+            interval = noise_interval(sampler.kernel, t, t_next)
+            penalty = transition_kl(step.mean, reference[0].mean, step.std, config.kl_form, interval)
+        loss = loss + config.kl_beta * penalty
+        info["kl"] = penalty.detach()
+    return loss, info, forwards
+
+
+def forward_process_pairs(
+    run: Run, batch: Batch, pairs: Pairs, advantages: Tensor, times: Tensor, lagging: bool
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Loss (M,) of re-noised final images, diagnostics (M,), and forwards per pair.
+
+    advantages: (n, 1); times: (n, m) grid indices; lagging: whether the old policy differs from the live weights.
+    """
+    config, seed = run.config.objective, run.config.train.seed
+    steps = times[pairs.rows, pairs.columns]
+    owners = batch.groups if config.share_noise else batch.samples
+    shape = batch.final.shape[1:]
+    noise = torch.cat(
+        [
+            keyed_normal(
+                shape, seed=seed, iteration=batch.iteration, samples=[owners[int(j)]], step=int(k), stream=FORWARD_STREAM
+            )
+            for j, k in zip(pairs.rows, steps, strict=True)
+        ]
+    ).to(batch.final.device)
+    x0, t, cond = batch.final[pairs.rows], run.grid[steps], batch.cond.take(pairs.rows)
+    x = noised_state(x0, noise, t)
+    forwards, v_old, v_ref = 1, None, None
+    with torch.no_grad():
+        if lagging and run.old is not None:
+            with run.old.applied():
+                v_old = run.model.velocity(x, t, cond)
+            forwards += 1
+        if config.ref_coef > 0:
+            with run.model.reference():
+                v_ref = run.model.velocity(x, t, cond)
+            forwards += 1
+    v = run.model.velocity(x, t, cond)
+    # without lag the old policy is the live one: its prediction is the one just made
+    v_old = v.detach() if v_old is None else v_old
+    loss, info = forward_process_loss(v, v_old, x0, noise, t, advantages[pairs.rows, 0].to(x.device), config, v_ref)
+    return loss, info, forwards
+
+
+def training_times(run: Run, batch: Batch) -> Tensor:
+    """(n, m) grid indices trained per sample under forward_process."""
+    config = run.config.objective
+    return draw_times(
+        run.grid,
+        batch.samples,
+        run.config.train.seed,
+        batch.iteration,
+        config.times_per_sample,
+        config.time_range,
+        config.time_sampling,
+    )
+
+
+def check_first_ratio(run: Run, worst: float) -> None:
+    """Stop if re-scoring the very first stored steps with unchanged weights does not give ratio 1."""
+    tolerance = FIRST_RATIO_TOLERANCE[run.config.model.precision]
+    if worst > tolerance:
+        raise UserError(
+            f"the first probability ratio is off 1 by {worst:.3g} (allowed {tolerance:g} in {run.config.model.precision}): "
+            "rollout and training disagree; use model.precision=fp32, or switch off model.compile"
+        )
+    if worst > run.config.objective.clip_range:
+        run.warn_once(
+            "ratio", f"ratios are off 1 by up to {worst:.2g} before any update, more than clip_range; use a higher precision"
+        )

@@ -1,0 +1,105 @@
+"""Settings of the sampler, with every check that needs no model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from samplers.grids import GRID_KINDS
+from samplers.kernels import KERNELS
+from samplers.plans import Plan, draw_window, full_plan, window_errors
+from samplers.rollout import SOLVERS
+
+PLAN_KINDS = ("full", "window")
+
+
+@dataclass
+class SamplerConfig:
+    """How trajectories are made. `validate` lists what is wrong; `make_plan` gives an iteration's plan."""
+
+    kernel: str = "flow_sde"
+    """How a stochastic step is drawn: flow_sde, dance_sde, cps, or ode for no stochastic steps at all."""
+    noise_level: float = 0.7
+    """Strength of the noise: a of flow_sde (usual 0.7), eta of dance_sde (0.3), a of cps in (0, 1] (0.7 to 0.8)."""
+    num_steps: int = 10
+    """Sampling steps T of a rollout; the last one is always deterministic and never trained."""
+    grid: str = "scheduler"
+    """Times of the steps: scheduler (the model's own), linspace_shift (uniform, shifted) or custom."""
+    shift: float = 3.0
+    """Shift of the linspace_shift grid; 1 is uniform."""
+    custom_grid: list[float] | None = None
+    """The num_steps + 1 times of the custom grid, falling from at most 1 to 0."""
+    plan: str = "full"
+    """Stochastic steps: full (all but the last) or window (a random window, drawn anew each iteration)."""
+    window_size: int = 3
+    """Number of stochastic steps in the window."""
+    window_range: list[int] | None = None
+    """First and one-past-last step the window may cover; default [0, num_steps // 2], or one window if longer."""
+    solver: str = "euler"
+    """Solver where only final images are needed: euler or dpm2m (second order, same cost)."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance of the rollout and of training alike; 1 is no guidance, at half the cost."""
+    shared_noise: bool = False
+    """Start all samples of a group from the same initial noise (as DanceGRPO does)."""
+
+    def window_bounds(self) -> tuple[int, int]:
+        """The window's range [lo, hi) with the default filled in."""
+        if self.window_range is not None:
+            return self.window_range[0], self.window_range[1]
+        return 0, max(self.num_steps // 2, self.window_size)
+
+    def make_plan(self, seed: int, iteration: int) -> Plan:
+        """The plan of an iteration, the same on every rank; no stochastic step with the ode kernel."""
+        if self.kernel == "ode":
+            return Plan(self.num_steps, ())
+        if self.plan == "full":
+            return full_plan(self.num_steps)
+        return draw_window(self.num_steps, self.window_size, *self.window_bounds(), seed=seed, iteration=iteration)
+
+    def validate(self) -> list[str]:
+        """Every error, one line each, naming the field; an empty list if the settings can work."""
+        errors = [
+            *_choice("kernel", self.kernel, KERNELS),
+            *_choice("grid", self.grid, GRID_KINDS),
+            *_choice("plan", self.plan, PLAN_KINDS),
+            *_choice("solver", self.solver, SOLVERS),
+        ]
+        if self.kernel != "ode" and not 0 < self.noise_level < float("inf"):
+            errors.append(f"noise_level must be positive with kernel {self.kernel}, got {self.noise_level}; or use ode")
+        if self.kernel == "cps" and self.noise_level > 1:
+            errors.append(f"noise_level must be at most 1 with kernel cps (1 renews all noise), got {self.noise_level}")
+        least = 1 if self.kernel == "ode" else 2
+        if self.num_steps < least:
+            errors.append(f"num_steps must be at least {least} with kernel {self.kernel}, got {self.num_steps}")
+        if not self.shift > 0:
+            errors.append(f"shift must be positive, got {self.shift}; use 1 for no shift")
+        if not self.guidance_scale >= 0:
+            errors.append(f"guidance_scale must be at least 0, got {self.guidance_scale}; use 1 for no guidance")
+        return errors + self._grid_errors() + self._window_errors()
+
+    def _grid_errors(self) -> list[str]:
+        if self.grid != "custom":
+            return [] if self.custom_grid is None else [f"custom_grid is set but grid is {self.grid}; use grid: custom"]
+        times = self.custom_grid or []
+        if len(times) != self.num_steps + 1:
+            return [f"custom_grid needs num_steps + 1 = {self.num_steps + 1} times, got {len(times)}"]
+        falling = all(a > b for a, b in pairwise(times))
+        return [] if falling and 0 < times[0] <= 1 and times[-1] == 0 else ["custom_grid must fall from at most 1 to 0"]
+
+    def _window_errors(self) -> list[str]:
+        if self.plan != "window" or self.kernel == "ode":
+            return []
+        if self.window_range is not None and len(self.window_range) != 2:
+            return [f"window_range needs 2 numbers, first and one-past-last step, got {self.window_range}"]
+        return window_errors(self.num_steps, self.window_size, *self.window_bounds())
+
+
+def _choice(field: str, value: str, choices: Iterable[str]) -> list[str]:
+    names = list(choices)
+    if value in names:
+        return []
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
+    return [f"{field}: unknown value {value!r}; {hint}"]
