@@ -45,7 +45,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def random_model(size: str, config: Config, device: torch.device) -> ImageModel:
     """A model of the true size with random weights and random prompt embeddings: enough to time and to measure memory."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
 
     from align.models.sd3 import SD3Model
     from align.prompts import load_prompts

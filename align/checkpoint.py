@@ -37,7 +37,9 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
         return found[-1] if found else None
     if resume == "never":
         if (run_dir / "metrics.jsonl").exists():
-            raise UserError(f"{run_dir} already holds a run: choose another name, delete it, or set checkpoint.resume=auto")
+            raise UserError(
+                f"{run_dir} already holds a run: choose another name, delete it, or set checkpoint.resume=auto"
+            )
         return None
     folder = Path(resume)
     if not (folder / "state.json").is_file():

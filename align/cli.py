@@ -15,7 +15,9 @@ app.command("train")(train_command)
 
 Target = Annotated[str, typer.Argument(help="a run's folder, or a model: diffusers folder, hub id, or playground")]
 Adapter = Annotated[str | None, typer.Option(help="adapter folder (default: the run's)")]
-Prompts = Annotated[str | None, typer.Option(help=".txt, .jsonl or playground:SPLIT (default: the run's held-out prompts)")]
+Prompts = Annotated[
+    str | None, typer.Option(help=".txt, .jsonl or playground:SPLIT (default: the run's held-out prompts)")
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps (default: the run's, else 28)")]
 Guidance = Annotated[float | None, typer.Option(help="guidance scale (default: the run's, else 1)")]
 Seed = Annotated[int | None, typer.Option(min=0, help="noise seed (default: the run's, else 0)")]
@@ -51,7 +53,9 @@ def sample(
             for first in range(0, len(texts), 16):
                 index = list(range(first, min(first + 16, len(texts))))
                 chunk = [texts[i] for i in index]
-                images += list(sample_images(setup.model, chunk, index, setup.num_steps, setup.guidance_scale, setup.seed))
+                images += list(
+                    sample_images(setup.model, chunk, index, setup.num_steps, setup.guidance_scale, setup.seed)
+                )
         for i, image in enumerate(images):
             save_png(as_image(image), out / f"{i:04d}.png")
         sheet = save_png(image_sheet(images, texts, columns=n), out / "sheet.png")

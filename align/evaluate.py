@@ -92,11 +92,13 @@ def evaluate(
             if progress is not None:
                 progress(min(start + batch_size, len(mine)), len(mine))
     images = torch.cat(found) if found else torch.zeros(0, 3, 8, 8, device=model.device)
-    local = try_score(rewards, images, [prompts[i] for i in mine], mine, -1) if mine else {r: torch.zeros(0) for r in rewards}
-    scores = gather_scores(accelerator, local, list(rewards), mine, len(prompts))
-    return Evaluation(
-        list(prompts), scores, _gather_images(kept, accelerator), num_steps, guidance_scale, seed
+    local = (
+        try_score(rewards, images, [prompts[i] for i in mine], mine, -1)
+        if mine
+        else {r: torch.zeros(0) for r in rewards}
     )
+    scores = gather_scores(accelerator, local, list(rewards), mine, len(prompts))
+    return Evaluation(list(prompts), scores, _gather_images(kept, accelerator), num_steps, guidance_scale, seed)
 
 
 def _gather_images(kept: dict[int, Tensor], accelerator: Accelerator) -> Tensor:

@@ -80,7 +80,11 @@ def geometry_table(config: Config, shape: Geometry) -> Table:
     """The numbers a person checks before leaving a run alone."""
     table = Table(title="batch geometry", title_justify="left", show_header=False, title_style="bold")
     for name, value, formula in (
-        ("images per iteration", shape.samples, f"{config.train.prompts_per_iteration} prompts x {config.train.group_size}"),
+        (
+            "images per iteration",
+            shape.samples,
+            f"{config.train.prompts_per_iteration} prompts x {config.train.group_size}",
+        ),
         ("processes", shape.processes, ""),
         ("images per process", shape.local_samples, f"sampled {config.train.rollout_batch} at a time"),
         ("pairs per image", shape.pairs_per_sample, f"of {config.sampler.num_steps} sampling steps"),

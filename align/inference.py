@@ -66,7 +66,12 @@ def load_target(
         model.load_adapter(folder, scale)
     model.finish_setup()
     return Setup(
-        model, folder, num_steps or 28, 1.0 if guidance_scale is None else guidance_scale, seed if seed is not None else 0, config
+        model,
+        folder,
+        num_steps or 28,
+        1.0 if guidance_scale is None else guidance_scale,
+        seed if seed is not None else 0,
+        config,
     )
 
 
@@ -93,7 +98,13 @@ def chosen_rewards(setup: Setup, names: list[str]) -> dict[str, Reward]:
 
 
 def compare(
-    setup: Setup, rewards: dict[str, Reward], prompts: list[Prompt], console: Console, *, keep: int, batch_size: int = 16
+    setup: Setup,
+    rewards: dict[str, Reward],
+    prompts: list[Prompt],
+    console: Console,
+    *,
+    keep: int,
+    batch_size: int = 16,
 ) -> dict[str, Evaluation]:
     """Evaluations of {base, tuned} (only {base} without an adapter) on the same prompts and noise."""
     columns: dict[str, contextlib.AbstractContextManager[Any]] = {"base": setup.model.reference()}

@@ -165,7 +165,9 @@ def _advantages(run: Run, scores: Scores, metrics: dict[str, float]) -> Tensor |
         run.counters.invalid_iterations += 1
         run.warn_once("invalid", f"{missing:.0%} of the scores are missing; such iterations are skipped")
         if run.counters.invalid_iterations >= 3:
-            raise UserError(f"three iterations in a row lacked over {run.config.train.max_invalid_fraction:.0%} of their scores")
+            raise UserError(
+                f"three iterations in a row lacked over {run.config.train.max_invalid_fraction:.0%} of their scores"
+            )
         return None
     run.counters.invalid_iterations = 0
     groups = torch.arange(run.shape.samples) // run.config.train.group_size
@@ -175,7 +177,10 @@ def _advantages(run: Run, scores: Scores, metrics: dict[str, float]) -> Tensor |
     metrics |= {"reward/mean": stats["reward_mean"], "reward/std": stats["reward_std"]}
     metrics["train/zero_spread_fraction"] = stats["zero_spread_fraction"]
     if stats["zero_spread_fraction"] > 0.8:
-        run.warn_once("spread", "over 80 % of the groups have equal rewards and teach nothing; use a finer reward or larger groups")
+        run.warn_once(
+            "spread",
+            "over 80 % of the groups have equal rewards and teach nothing; use a finer reward or larger groups",
+        )
     return advantages
 
 
@@ -242,7 +247,9 @@ def _step(run: Run) -> float:
         counters.consecutive_bad += 1
         run.warn_once("nonfinite", "a non-finite gradient was skipped; see train/skipped_updates")
         if counters.consecutive_bad >= 5:
-            raise UserError("five updates in a row had a non-finite gradient: lower optim.lr, or use model.precision=fp32")
+            raise UserError(
+                "five updates in a row had a non-finite gradient: lower optim.lr, or use model.precision=fp32"
+            )
         return float("nan")
     counters.consecutive_bad = 0
     if run.average is not None and counters.updates % run.config.optim.ema_every == 0:
@@ -278,7 +285,9 @@ def _metrics(run: Run, sums: dict[str, float], norms: list[float]) -> dict[str, 
     if metrics.get("train/clip_fraction", 0.0) > 0.6:
         run.warn_once("clip", "over 60 % of the pairs are clipped: lower optim.lr or raise objective.clip_range")
     if sums.get("old_square", 0.0) > 0 and sums["displacement"] / sums["old_square"] > 0.02:
-        run.warn_once("displacement", "the policy ran over 2 % ahead of the old policy: lower optim.lr or old_decay_max")
+        run.warn_once(
+            "displacement", "the policy ran over 2 % ahead of the old policy: lower optim.lr or old_decay_max"
+        )
     if run.old is not None:
         metrics["train/old_decay"] = float(run.old.cur_decay_value or 0.0)
     return metrics

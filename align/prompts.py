@@ -33,7 +33,9 @@ def load_prompts(source: str) -> list[Prompt]:
 
         split = source.removeprefix("playground:")
         if split not in PLAYGROUND_SPLITS:
-            raise UserError(f"prompts: no split '{split}'{nearest(split, PLAYGROUND_SPLITS)}; one of {PLAYGROUND_SPLITS}")
+            raise UserError(
+                f"prompts: no split '{split}'{nearest(split, PLAYGROUND_SPLITS)}; one of {PLAYGROUND_SPLITS}"
+            )
         return [Prompt(row["prompt"], row.get("metadata") or {}) for row in prompts(split)]
     path = Path(source)
     if not path.is_file():

@@ -200,7 +200,9 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     if folder is not None:
         run.restore(folder)
         console.print(f"resuming at iteration {run.counters.iteration} from {folder}")
-    accelerator.init_trackers("logs", config={"config": to_yaml(config)} if "tensorboard" not in config.trackers else None)
+    accelerator.init_trackers(
+        "logs", config={"config": to_yaml(config)} if "tensorboard" not in config.trackers else None
+    )
     run.tracker = Tracker(config.run_dir, accelerator, run.counters.iteration)
     _stop_on_sigterm(run)
     return run
@@ -245,7 +247,15 @@ def write_run_files(config: Config, accelerator: Accelerator, resumed: bool) -> 
     write_json(run_dir / "environment.json", environment(accelerator))
 
 
-_MAY_CHANGE = ("train.iterations", "train.micro_batch", "train.rollout_batch", "eval", "checkpoint", "trackers", "preset")
+_MAY_CHANGE = (
+    "train.iterations",
+    "train.micro_batch",
+    "train.rollout_batch",
+    "eval",
+    "checkpoint",
+    "trackers",
+    "preset",
+)
 
 
 def _changed_keys(before: str, after: str) -> list[str]:
@@ -334,4 +344,3 @@ def _restore_rng(tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
     version, internal, gauss = data["python"]
     random.setstate((version, tuple(internal), gauss))
-

@@ -46,7 +46,11 @@ def score_local(
 
 
 def gather_scores(
-    accelerator: Accelerator, local: dict[str, Tensor] | RewardError, names: Sequence[str], index: Sequence[int], total: int
+    accelerator: Accelerator,
+    local: dict[str, Tensor] | RewardError,
+    names: Sequence[str],
+    index: Sequence[int],
+    total: int,
 ) -> Scores:
     """One collective: place each process's scores at its global sample indices.
 
@@ -65,8 +69,8 @@ def gather_scores(
     if table[-1, 0] > 0:
         raise UserError(str(local) if isinstance(local, RewardError) else "a reward failed on another process")
     values = {name: table[2 * row].float() for row, name in enumerate(names)}
-    valid = {name: table[2 * row + 1] > 0 for row, name in enumerate(names)}
-    return Scores({k: v.masked_fill(~valid[k], float("nan")) for k, v in values.items()}, valid)
+    known = {name: table[2 * row + 1] > 0 for row, name in enumerate(names)}
+    return Scores({k: v.masked_fill(~known[k], float("nan")) for k, v in values.items()}, known)
 
 
 def _reduce_dtype(accelerator: Accelerator) -> torch.dtype:

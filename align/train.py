@@ -30,7 +30,9 @@ from align.tracking import write_json
 def train_command(
     config: Annotated[str, typer.Argument(help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings on top of it")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print config, geometry and memory estimate; load nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print config, geometry and memory estimate; load nothing")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Fine-tune a model towards a reward."""
@@ -84,7 +86,9 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
         while run.counters.iteration < config.train.iterations:
             if run.stop_requested() or not _one_iteration(run, bar, task):
                 run.save()
-                console.print(f"stopped: checkpoint of iteration {run.counters.iteration} written; the same command continues")
+                console.print(
+                    f"stopped: checkpoint of iteration {run.counters.iteration} written; the same command continues"
+                )
                 run.accelerator.end_training()
                 return None
             done, last = run.counters.iteration, run.counters.iteration == config.train.iterations
@@ -153,7 +157,11 @@ def _evaluate_base(run: Run) -> Evaluation:
     with _progress(run.console) as bar:
         task = bar.add_task("evaluating the base", total=len(run.eval_prompts), stage="")
         base = _evaluate(
-            run, config.prompts, keep, run.model.reference(), lambda done, total: bar.update(task, completed=done, total=total)
+            run,
+            config.prompts,
+            keep,
+            run.model.reference(),
+            lambda done, total: bar.update(task, completed=done, total=total),
         )
     if run.main:
         write_json(folder / "eval" / "base.json", base.to_json())
@@ -195,7 +203,9 @@ def finish(run: Run, base: Evaluation) -> dict[str, Any]:
         write_json(folder / "eval" / "tuned.json", tuned.to_json())
         with run.average.applied() if run.average is not None else contextlib.nullcontext():
             adapter = export_adapter(run.model, folder / "adapter")
-        grid = save_comparison(folder / "grids" / "base_vs_tuned.png", {"base": base, "tuned": tuned}, config.eval.grid_prompts)
+        grid = save_comparison(
+            folder / "grids" / "base_vs_tuned.png", {"base": base, "tuned": tuned}, config.eval.grid_prompts
+        )
         deltas = {
             name: paired_interval(base.scores.values[name], tuned.scores.values[name]) for name in base.scores.values
         }
@@ -239,7 +249,13 @@ def print_summary(summary: dict[str, Any], prompts: int, console: Console) -> No
         table.add_column(column, justify="left" if column == "reward" else "right")
     for name, base in summary["base"].items():
         tuned, (low, high) = summary["tuned"][name], summary["delta_ci95"][name]
-        table.add_row(name, f"{base:.4f}", f"{tuned:.4f}", f"{tuned - base:+.4f}", f"[{low:+.4f}, {high:+.4f}]".replace("[", r"\["))
+        table.add_row(
+            name,
+            f"{base:.4f}",
+            f"{tuned:.4f}",
+            f"{tuned - base:+.4f}",
+            f"[{low:+.4f}, {high:+.4f}]".replace("[", r"\["),
+        )
     console.print(table)
     for key in ("adapter", "grid", "report"):
         console.print(f"{key:8}{summary[key]}", highlight=False, soft_wrap=True)
@@ -253,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -121,7 +121,12 @@ def forward_process_pairs(
     noise = torch.cat(
         [
             keyed_normal(
-                shape, seed=seed, iteration=batch.iteration, samples=[owners[int(j)]], step=int(k), stream=FORWARD_STREAM
+                shape,
+                seed=seed,
+                iteration=batch.iteration,
+                samples=[owners[int(j)]],
+                step=int(k),
+                stream=FORWARD_STREAM,
             )
             for j, k in zip(pairs.rows, steps, strict=True)
         ]
@@ -169,5 +174,6 @@ def check_first_ratio(run: Run, worst: float) -> None:
         )
     if worst > run.config.objective.clip_range:
         run.warn_once(
-            "ratio", f"ratios are off 1 by up to {worst:.2g} before any update, more than clip_range; use a higher precision"
+            "ratio",
+            f"ratios are off 1 by up to {worst:.2g} before any update, more than clip_range; use a higher precision",
         )

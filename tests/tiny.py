@@ -18,7 +18,28 @@ from transformers import (
     T5TokenizerFast,
 )
 
-WORDS = "a the red green blue circle square triangle star ring of and left right above below two three cat dog".split()
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "ring",
+    "of",
+    "and",
+    "left",
+    "right",
+    "above",
+    "below",
+    "two",
+    "three",
+    "cat",
+    "dog",
+]
 
 
 def clip_tokenizer(folder: Path) -> CLIPTokenizer:

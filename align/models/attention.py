@@ -62,7 +62,9 @@ def set_attention(network: torch.nn.Module, name: str, device: torch.device, dty
     known = [b.value for b in AttentionBackendName]
     if backend not in known:
         options = ["auto", *ALIASES, *known]
-        raise UserError(f"model.attention: unknown backend '{name}'{nearest(name, options)}; one of: {', '.join(options)}")
+        raise UserError(
+            f"model.attention: unknown backend '{name}'{nearest(name, options)}; one of: {', '.join(options)}"
+        )
     heads = [m for m in network.modules() if isinstance(m, Attention)]
     for module in heads:
         if isinstance(module.processor, JointAttnProcessor2_0):

@@ -26,7 +26,7 @@ class LoraSettings:
 
     rank: int = 32
     """Rank r of the update (32: Flow-GRPO, arXiv 2505.05470)."""
-    alpha: float = 64.0
+    alpha: int = 64
     """Scale; the update is multiplied by alpha / rank."""
     targets: list[str] | None = None
     """Module-name suffixes that get an adapter; null: the family's attention projections."""

@@ -62,15 +62,15 @@ def judge(reading: Reading, spec: Spec) -> Verdict:
     worth = [[_worth(f, color, shape) for color, shape in asked] for f in found]
     chosen = _assign(worth, len(asked))
     values = [0.0 if i is None else worth[i][e] for e, i in enumerate(chosen)]
-    number = len(reading.objects) + (reading.speck_area > SPECK_LIMIT)
-    exact = number == len(asked)
+    littered = reading.speck_area > SPECK_LIMIT
+    exact = len(reading.objects) == len(asked) and not littered
     score = sum(values) / len(asked) * (1 - _RIGHT_NUMBER * (not exact))
     complete = exact and all(v == 1.0 for v in values)
     if spec["relation"]:
         degree = _relation_degree(spec["relation"], [None if i is None else found[i] for i in chosen])
         score = (1 - _RELATION) * score + _RELATION * min(values) * degree
         complete = complete and degree == 1.0
-    score /= 1 + _EXTRA * max(number - len(asked), 0)
+    score /= 1 + _EXTRA * max(len(reading.objects) + littered - len(asked), 0)
     return Verdict(complete, 1.0 if complete else _PARTIAL * score, reading.objects)
 
 
