@@ -13,15 +13,15 @@ from align.train import print_summary, readable_errors, save_comparison, train_c
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command("train")(train_command)
 
-Target = Annotated[str, typer.Argument(help="a run's folder, or a model: diffusers folder, hub id, or playground")]
-Adapter = Annotated[str | None, typer.Option(help="adapter folder (default: the run's)")]
+Target = Annotated[str, typer.Argument(help="a run's folder (outputs/NAME), or a model: diffusers folder, hub id, or playground")]
+Adapter = Annotated[str | None, typer.Option(help="folder with pytorch_lora_weights.safetensors (default: the run's)")]
 Prompts = Annotated[
     str | None, typer.Option(help=".txt, .jsonl or playground:SPLIT (default: the run's held-out prompts)")
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps (default: the run's, else 28)")]
 Guidance = Annotated[float | None, typer.Option(help="guidance scale (default: the run's, else 1)")]
 Seed = Annotated[int | None, typer.Option(min=0, help="noise seed (default: the run's, else 0)")]
-Reward = Annotated[list[str] | None, typer.Option(help="reward name or path; repeatable (default: the run's)")]
+Reward = Annotated[list[str] | None, typer.Option(help="a reward to score with; repeatable (default: the run's)")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Scale = Annotated[float, typer.Option(help="strength of the adapter; 0 is the base")]
 
@@ -39,7 +39,10 @@ def sample(
     scale: Scale = 1.0,
     debug: Debug = False,
 ) -> None:
-    """Generate images and a contact sheet."""
+    """Generate images of one or more prompts, and a contact sheet of all of them.
+
+    For example: align sample outputs/demo "a red circle" "two blue stars" --n 4
+    """
     console = Console()
     with readable_errors(console, debug):
         from align.evaluate import sample_images
@@ -102,7 +105,11 @@ def eval_command(
     scale: Scale = 1.0,
     debug: Debug = False,
 ) -> None:
-    """Score base and tuned on a prompt file: JSON, grid and a table with paired 95 % intervals."""
+    """Score base and tuned on held-out prompts: JSON, grid and a table with paired 95 % intervals.
+
+    A run brings its own prompts, rewards, steps and guidance; options win over them. A model needs --prompts and
+    --reward. --reward takes a name of the run's config, a registered reward (jpeg, clip, verifier) or FILE.py:NAME.
+    """
     console = Console()
     with readable_errors(console, debug):
         from align.errors import UserError
@@ -120,13 +127,13 @@ def eval_command(
         for label, evaluation in columns.items():
             write_json(folder / f"{label}.json", evaluation.to_json())
         path = save_comparison(folder / "grid.png", columns, min(8, len(found)))
-        last = columns.get("tuned", columns["base"])
-        base = columns["base"].scores
+        scores = {label: evaluation.scores for label, evaluation in columns.items()}
+        means = {label: {k: s.mean(k) for k in rewards} for label, s in scores.items()}
+        base, tuned = scores["base"].values, scores["tuned"].values if "tuned" in scores else {}
         summary = {
-            "base": {k: base.mean(k) for k in rewards},
-            "tuned": {k: last.scores.mean(k) for k in rewards},
-            "delta_ci95": {k: paired_interval(base.values[k], last.scores.values[k]) for k in rewards},
-            "adapter": str(setup.adapter),
+            **means,
+            "delta_ci95": {k: paired_interval(base[k], tuned[k]) for k in tuned},
+            "adapter": str(setup.adapter) if setup.adapter else None,
             "grid": str(path),
             "report": str(folder),
         }
@@ -136,7 +143,7 @@ def eval_command(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run's folder")], debug: Debug = False) -> None:
-    """Write report.html of a run (finished or not)."""
+    """Write report.html of a run, finished or not."""
     console = Console()
     with readable_errors(console, debug):
         from align.report import write_report
@@ -147,13 +154,15 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder")], debug: D
 @app.command()
 def bench(
     config: Annotated[str, typer.Argument(help="YAML file of a run")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings on top of it")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings that win over the file, as in train.group_size=8")
+    ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="timed iterations, after one warm-up")] = 3,
-    random: Annotated[str | None, typer.Option(help="random weights of this true size instead: sd35-medium")] = None,
+    random: Annotated[str | None, typer.Option(help="time a model of this size with random weights: sd35-medium")] = None,
     out: Annotated[Path, typer.Option(help="result file")] = Path("benchmarks/results/bench.json"),
     debug: Debug = False,
 ) -> None:
-    """Time full iterations: seconds per stage, peak memory and model FLOP utilisation."""
+    """Time full iterations of a config: seconds per stage, peak memory, FLOP utilisation. Trains nothing that is kept."""
     console = Console()
     with readable_errors(console, debug):
         from align.bench import run_bench

@@ -123,7 +123,8 @@ class Config:
     output_dir: str = "outputs"
     """Where runs land."""
     preset: list[str] = field(default_factory=list)
-    """Presets merged below this file, in order: names under configs/methods or configs/models, or paths."""
+    """Presets merged below this file, in order: names under configs/methods or configs/models, or paths. A preset may
+    name presets of its own, which go below it; its `name` is not taken over."""
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
@@ -158,13 +159,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     overlay = _overrides(overrides)
     own = _plain(_read_yaml(Path(path), "config file"))
-    names = overlay.get("preset", own.get("preset", []))
-    names = [names] if isinstance(names, str) else list(names or [])
-    layers = [_plain(_read_yaml(preset_path(n), f"preset '{n}'")) for n in names]
-    merged = _plain(OmegaConf.merge(*[OmegaConf.create(layer) for layer in [*layers, own, overlay]]))
+    names = _preset_names(overlay.get("preset", own.get("preset")))
+    merged = _plain(OmegaConf.merge(*[OmegaConf.create(layer) for layer in [*_layers(names), own, overlay]]))
     merged["preset"] = names
     merged.setdefault("name", Path(path).stem)
     return parse_config(merged)
+
+
+def load_resolved(path: str | Path) -> Config:
+    """Read the config.yaml that a run wrote: everything is in it, so its presets are not looked up again."""
+    return parse_config(_plain(_read_yaml(Path(path), "config file")))
+
+
+def _preset_names(value: Any) -> list[str]:
+    names = [value] if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"preset: expected a name or a list of names, got {value!r}")
+    return names
+
+
+def _layers(names: Sequence[str], inside: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Contents of the presets `names`, lowest first; `inside` are the presets that led here."""
+    layers = []
+    for name in names:
+        if name in inside:
+            raise UserError(f"preset: '{name}' includes itself ({' -> '.join([*inside, name])})")
+        content = _plain(_read_yaml(preset_path(name), f"preset '{name}'"))
+        content.pop("name", None)
+        layers += [*_layers(_preset_names(content.pop("preset", None)), (*inside, name)), content]
+    return layers
 
 
 def parse_config(data: dict[str, Any]) -> Config:
@@ -228,7 +251,11 @@ def _minimums(config: Config) -> list[str]:
         if not 0 <= getattr(config.optim, key) < 1 + (key != "ema_decay"):
             errors.append(f"optim.{key}: must be between 0 and 1, got {getattr(config.optim, key)}")
     if not 0 <= config.train.max_invalid_fraction <= 1:
-        errors.append("train.max_invalid_fraction: must be between 0 and 1")
+        errors.append(f"train.max_invalid_fraction: must be between 0 and 1, got {config.train.max_invalid_fraction}")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        errors.append(f"optim.betas: both must be in [0, 1), got {list(config.optim.betas)}")
+    if config.optim.weight_decay < 0:
+        errors.append(f"optim.weight_decay: must not be negative, got {config.optim.weight_decay}")
     if "/" in config.name or config.name in ("", ".", ".."):
         errors.append(f"name: must be a plain folder name, got '{config.name}'")
     return errors
@@ -248,6 +275,17 @@ def _combinations(config: Config) -> list[str]:
         errors.append(
             f"sampler.kernel: objective.type forward_process trains on final images only and collects them with 'ode'; "
             f"got '{config.sampler.kernel}'"
+        )
+    if config.sampler.kernel == "ode" and config.sampler.plan == "window":
+        errors.append("sampler.plan: 'window' chooses stochastic steps, and kernel 'ode' has none; use plan 'full'")
+    if config.sampler.kernel != "ode" and config.sampler.solver != "euler":
+        errors.append(
+            f"sampler.solver: '{config.sampler.solver}' only acts with kernel 'ode'; got '{config.sampler.kernel}'"
+        )
+    if config.train.group_size >= 2 and config.advantage.min_valid > config.train.group_size:
+        errors.append(
+            f"advantage.min_valid: {config.advantage.min_valid} is more than train.group_size "
+            f"{config.train.group_size}, so no group would ever count"
         )
     return errors
 
@@ -269,7 +307,7 @@ def _read_yaml(path: Path, what: str) -> DictConfig:
         raise UserError(f"{what}: no file {path}{near}")
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as problem:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as problem:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from problem
     if isinstance(loaded, ListConfig):
         raise UserError(f"{path}: expected a mapping at the top, got a list")

@@ -23,6 +23,7 @@ class Geometry:
     processes: int
     samples: int
     """N = prompts x group size, over all processes."""
+    groups: int
     updates: int
     pairs_per_sample: int
     """Stochastic steps S (clipped_ratio) or re-noised times (forward_process) trained per image."""
@@ -52,7 +53,8 @@ def geometry(config: Config, processes: int) -> Geometry:
             f"train: {config.train.prompts_per_iteration} prompts x group_size {config.train.group_size} = {samples} images "
             f"cannot be split over {processes} processes x {updates} updates; make their product divide it"
         )
-    return Geometry(processes, samples, updates, pairs_per_sample(config), config.train.micro_batch)
+    groups = config.train.prompts_per_iteration
+    return Geometry(processes, samples, groups, updates, pairs_per_sample(config), config.train.micro_batch)
 
 
 def pairs_per_sample(config: Config) -> int:
@@ -68,10 +70,13 @@ def pairs_per_sample(config: Config) -> int:
 def local_order(shape: Geometry, rank: int, seed: int, iteration: int) -> list[list[int]]:
     """Global sample indices of process `rank`, one list per update.
 
-    The samples of an update are the same set for any number of processes: a keyed permutation cut into updates, each
-    cut into processes.
+    The samples of an update are the same set for any number of processes: a keyed permutation of the groups cut into
+    updates, each cut into processes. A group stays within one update wherever the counts allow it, so that its
+    advantages still add up to zero there.
     """
-    order = keyed_generator(seed=seed, iteration=iteration, stream=ORDER_STREAM).permutation(shape.samples).tolist()
+    groups = keyed_generator(seed=seed, iteration=iteration, stream=ORDER_STREAM).permutation(shape.groups)
+    per_group = shape.samples // shape.groups
+    order = [int(g) * per_group + i for g in groups for i in range(per_group)]
     size, share = shape.samples // shape.updates, shape.local_samples // shape.updates
     return [order[u * size + rank * share : u * size + (rank + 1) * share] for u in range(shape.updates)]
 
@@ -126,7 +131,10 @@ def memory_estimate(config: Config) -> dict[str, Any]:
     vae = sum(p.numel() for p in parts["vae"].parameters())
     width = 4 if config.model.precision == "fp32" else 2
     copies = 4 + (config.optim.ema_decay > 0) + (config.objective.type == "forward_process")
-    activations = _activations(config, network, width)
+    has_t5 = any(index.get("text_encoder_3") or ())
+    text_tokens = 77 + (config.model.max_sequence_length if has_t5 else 0)
+    factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+    activations = _activations(config, network, width, factor, text_tokens)
     gib = 1024**3
     return {
         "denoiser_parameters": total,
@@ -139,14 +147,15 @@ def memory_estimate(config: Config) -> dict[str, Any]:
     }
 
 
-def _activations(config: Config, network: Any, width: int) -> float:
+def _activations(config: Config, network: Any, width: int, factor: int, text_tokens: int) -> float:
+    """Bytes kept for one backward pass; factor: image pixels per latent pixel."""
     shape = network.config
     layers = shape.get("num_layers") or 1
     channels = (shape.get("num_attention_heads") or 1) * (shape.get("attention_head_dim") or 64)
-    side = (config.model.resolution // 8 if config.model.resolution else shape.get("sample_size") or 64) / (
+    side = (config.model.resolution // factor if config.model.resolution else shape.get("sample_size") or 64) / (
         shape.get("patch_size") or 1
     )
-    tokens = (side * side + 77 + config.model.max_sequence_length) * config.train.micro_batch
+    tokens = (side * side + text_tokens) * config.train.micro_batch
     guidance = 1 if config.sampler.guidance_scale == 1 else 2
     one_layer = 17 * width * tokens * channels * guidance
     if config.model.gradient_checkpointing:

@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import Progress
 
-from align.config import Config, load_config
+from align.checkpoint import checkpoints
+from align.config import Config, load_resolved
 from align.errors import UserError
 from align.evaluate import Evaluation, evaluate
 from align.models.base import ImageModel, ModelConfig, load_model
 from align.prompts import Prompt, load_prompts
+from align.schema import nearest
 from rewards.base import Reward
 from rewards.registry import RewardConfig, build_reward
 
@@ -48,12 +50,19 @@ def load_target(
     Options that are given win over the run's. Raises: UserError if the target or the adapter cannot be loaded.
     """
     run_dir = Path(target)
-    config = load_config(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
+    config = load_resolved(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(adapter) if adapter else None
+    if "/" in target and not run_dir.exists() and run_dir.parent.is_dir():  # otherwise it would pass for a hub id
+        near = nearest(run_dir.name, [p.name for p in run_dir.parent.iterdir() if p.is_dir()])
+        raise UserError(f"there is no run or model folder {target}{near}")
     if config is not None:
         model_config = replace(config.model, encoders="keep", compile=False)
         folder = folder or run_dir / "adapter"
+        if not adapter and not folder.is_dir():
+            saved = checkpoints(run_dir)
+            hint = f"give a checkpoint's: --adapter {saved[-1] / 'adapter'}" if saved else "it has no checkpoint yet"
+            raise UserError(f"{folder} is not there, the run is not finished; {hint}")
         num_steps = num_steps or config.eval.num_steps
         if guidance_scale is None:
             guidance_scale = config.eval.guidance_scale
@@ -86,12 +95,13 @@ def chosen_prompts(setup: Setup, source: str | None, count: int | None) -> list[
 
 
 def chosen_rewards(setup: Setup, names: list[str]) -> dict[str, Reward]:
-    """Rewards by registry name or path; without names, those of the run."""
-    configs: dict[str, RewardConfig] = {name: RewardConfig(type=name) for name in names}
-    if not configs and setup.config is not None:
-        configs = {**setup.config.rewards, **setup.config.eval_rewards}
+    """Rewards named in the run, else by registry name or path; without names, all of the run."""
+    known: dict[str, RewardConfig] = {}
+    if setup.config is not None:
+        known = {**setup.config.rewards, **setup.config.eval_rewards}
     rewards = {}
-    for name, settings in configs.items():
+    for name in names or known:
+        settings = known.get(name, RewardConfig(type=name))
         rewards[name] = build_reward(name, settings)
         rewards[name].setup(setup.model.device, torch.float32)
     return rewards

@@ -303,6 +303,9 @@ def _accelerator(config: Config) -> Accelerator:
         )
     except ValueError as problem:
         raise UserError(f"model.precision or trackers: {str(problem).splitlines()[0]}") from problem
+    missing = set(config.trackers) - {str(tracker) for tracker in accelerator.log_with} - {"all"}
+    if missing:  # accelerate leaves out what is not installed without a word
+        raise UserError(f"trackers: {', '.join(sorted(missing))} is not installed; install it or remove it from trackers")
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise UserError(
             f"accelerate is configured for {accelerator.distributed_type.value}; flow-align trains an adapter with plain data "

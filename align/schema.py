@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -56,6 +57,8 @@ def _convert(hint: Any, value: Any, path: str, errors: list[str]) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, path, errors)
     if origin is Literal:
+        if value is False and "off" in args:
+            value = "off"  # YAML reads a bare off as a truth value
         if value not in args or isinstance(value, bool) != any(isinstance(a, bool) and a == value for a in args):
             options = ", ".join(map(str, args))
             raise TypeError(f"{value!r} is not one of {options}{nearest(str(value), map(str, args))}")
@@ -99,15 +102,13 @@ def _convert_union(args: tuple[Any, ...], value: Any, path: str, errors: list[st
 
 
 def _convert_scalar(hint: Any, value: Any) -> Any:
+    if hint is float and isinstance(value, str):  # YAML reads 1e-4 (no dot) as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise TypeError(f"expected a finite number, got {value!r}")
         return float(value)
-    if hint is float and isinstance(value, str):  # YAML reads 1e-4 (no dot) as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise TypeError(f"expected {hint.__name__}, got {value!r}")

@@ -22,20 +22,28 @@ from align.geometry import geometry, geometry_table, memory_estimate
 from align.grids import comparison_grid, save_png
 from align.launch import follow_launcher, spread_over_cpus
 from align.policy_loop import Interrupted, run_iteration
+from align.prompts import load_prompts
 from align.report import write_report
 from align.run import Run, start
 from align.tracking import write_json
+from rewards.base import RewardError
+from rewards.registry import build_reward
 
 
 def train_command(
     config: Annotated[str, typer.Argument(help="YAML file of the run")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings on top of it")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings that win over the file, as in train.iterations=20")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print config, geometry and memory estimate; load nothing")
+        bool, typer.Option("--dry-run", help="check everything that needs no model; print config, geometry and memory")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Fine-tune a model towards a reward."""
+    """Fine-tune a model towards a reward, or continue the run if it was stopped.
+
+    On several GPUs: accelerate launch -m align.train CONFIG [key=value ...]
+    """
     console = Console()
     with readable_errors(console, debug):
         settings = load_config(config, overrides or [])
@@ -47,10 +55,10 @@ def train_command(
 
 @contextlib.contextmanager
 def readable_errors(console: Console, debug: bool) -> Iterator[None]:
-    """Turn UserError into its own lines and exit status 1; everything else keeps its traceback."""
+    """Turn UserError and RewardError into their own lines and exit status 1; everything else keeps its traceback."""
     try:
         yield
-    except UserError as problem:
+    except (UserError, RewardError) as problem:
         if debug:
             raise
         for line in str(problem).splitlines():
@@ -59,8 +67,12 @@ def readable_errors(console: Console, debug: bool) -> Iterator[None]:
 
 
 def print_plan(config: Config, console: Console) -> None:
-    """What `--dry-run` shows: resolved config, batch geometry, parameters and memory."""
+    """What `--dry-run` shows: resolved config, batch geometry, parameters and memory. Raises: as `train` would."""
+    trained, held_out = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
+    for name, reward in {**config.rewards, **config.eval_rewards}.items():
+        build_reward(name, reward)
     console.print(to_yaml(config), markup=False, highlight=False)
+    console.print(f"{len(trained):,} training prompts, {min(len(held_out), config.eval.prompts):,} for evaluation")
     console.print(geometry_table(config, geometry(config, 1)))
     numbers = memory_estimate(config)
     table = Table(title="size (memory is an estimate)", title_justify="left", show_header=False, title_style="bold")
@@ -151,7 +163,7 @@ def _evaluate(run: Run, count: int, keep: int, weights: Any, on_progress: Any = 
 
 
 def _evaluate_base(run: Run) -> Evaluation:
-    """Scores and grid images of the base model; read back from the run's folder after a resume."""
+    """Scores and grid images of the base model; made again after a resume, for the images of the grid."""
     folder = run.config.run_dir
     config, keep = run.config.eval, run.config.eval.grid_prompts
     with _progress(run.console) as bar:
@@ -243,7 +255,12 @@ def save_comparison(path: Path, columns: dict[str, Evaluation], count: int) -> P
 
 
 def print_summary(summary: dict[str, Any], prompts: int, console: Console) -> None:
-    """The result as a person reads it."""
+    """The result as a person reads it; without an adapter there is only the base."""
+    if not summary["delta_ci95"]:
+        for name, value in summary["base"].items():
+            console.print(f"{name}: {value:.4f} over {prompts} prompts", highlight=False)
+        console.print(f"grid    {summary['grid']}", highlight=False, soft_wrap=True)
+        return
     table = Table(title=f"held-out, {prompts} prompts, same noise", title_justify="left", title_style="bold")
     for column in ("reward", "base", "tuned", "gain", "95 % interval"):
         table.add_column(column, justify="left" if column == "reward" else "right")

@@ -151,11 +151,11 @@ def forward_process_pairs(
 
 
 def training_times(run: Run, batch: Batch) -> Tensor:
-    """(n, m) grid indices trained per sample under forward_process."""
+    """(n, m) grid indices trained per sample under forward_process; shared noise needs shared times to cancel."""
     config = run.config.objective
     return draw_times(
         run.grid,
-        batch.samples,
+        batch.groups if config.share_noise else batch.samples,
         run.config.train.seed,
         batch.iteration,
         config.times_per_sample,
