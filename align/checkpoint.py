@@ -61,10 +61,10 @@ def save_checkpoint(
     write_adapter(model, temporary / "adapter")
     _sync(temporary)
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     os.replace(temporary, final)
     for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
 
 
@@ -78,6 +78,13 @@ def clean_leftovers(parent: Path) -> None:
     """Remove what a killed write left behind."""
     for leftover in parent.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Rename first, so that a kill in the middle leaves no folder that looks complete and is not."""
+    doomed = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent)) / folder.name
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed.parent)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -115,6 +122,7 @@ def export_adapter(model: ImageModel, folder: Path) -> Path:
     Raises: RuntimeError if what diffusers loads is not what was trained.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(folder.parent)
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
     write_adapter(model, temporary)
     check_adapter(model, temporary)
@@ -133,7 +141,10 @@ def check_adapter(model: ImageModel, folder: Path) -> None:
         model.pipe.load_lora_weights(folder, adapter_name="reload_check")
     try:
         again = get_peft_model_state_dict(model.network, adapter_name="reload_check")
-        same = live.keys() == again.keys() and all(torch.equal(live[k].float(), again[k].float()) for k in live)
+        same = live.keys() == again.keys() and all(
+            torch.equal(live[k].to(again[k].dtype), again[k])  # a half-precision pipeline rounds what it loads
+            for k in live
+        )
         if not same or _scale(model, "reload_check") != scale:
             raise RuntimeError(f"{folder}: the adapter that diffusers loads differs from the trained one")
     finally:

@@ -13,7 +13,9 @@ from align.train import print_summary, readable_errors, save_comparison, train_c
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command("train")(train_command)
 
-Target = Annotated[str, typer.Argument(help="a run's folder (outputs/NAME), or a model: diffusers folder, hub id, or playground")]
+Target = Annotated[
+    str, typer.Argument(help="a run's folder (outputs/NAME), or a model: diffusers folder, hub id, or playground")
+]
 Adapter = Annotated[str | None, typer.Option(help="folder with pytorch_lora_weights.safetensors (default: the run's)")]
 Prompts = Annotated[
     str | None, typer.Option(help=".txt, .jsonl or playground:SPLIT (default: the run's held-out prompts)")
@@ -158,7 +160,9 @@ def bench(
         list[str] | None, typer.Argument(help="settings that win over the file, as in train.group_size=8")
     ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="timed iterations, after one warm-up")] = 3,
-    random: Annotated[str | None, typer.Option(help="time a model of this size with random weights: sd35-medium")] = None,
+    random: Annotated[
+        str | None, typer.Option(help="time a model of this size with random weights: sd35-medium")
+    ] = None,
     out: Annotated[Path, typer.Option(help="result file")] = Path("benchmarks/results/bench.json"),
     debug: Debug = False,
 ) -> None:

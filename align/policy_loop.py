@@ -54,6 +54,7 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
     scored = _now(run)
     if run.stop_requested():
         raise Interrupted
+    run.counters.nfe += run.shape.samples * run.config.sampler.num_steps * _passes(run)
     metrics = {f"reward/{name}": scores.mean(name) for name in run.config.rewards}
     advantages = _advantages(run, scores, metrics)
     if advantages is not None:
@@ -130,7 +131,6 @@ def _collect(run: Run, prompts: list[Prompt], samples: list[int], report: Report
                         states[k].append(state)
             conds.append(cond)
             report("sampling", start + len(ids), len(samples))
-    run.counters.nfe += run.shape.samples * config.num_steps * _passes(run)
     return Batch(
         iteration=iteration,
         samples=samples,

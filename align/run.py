@@ -6,6 +6,7 @@ import math
 import platform
 import random
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -116,7 +117,7 @@ class Run:
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         scaler = self.accelerator.scaler
         state["scaler"] = scaler.state_dict() if scaler is not None else None
-        for rank, rng in enumerate(gather_object([_rng_state()])):
+        for rank, rng in enumerate(gather_object([rng_state()])):
             tensors |= {f"rng.{rank}.{k}": v for k, v in rng["tensors"].items()}
             state.setdefault("rng", []).append(rng["json"])
         if self.main:
@@ -142,7 +143,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         rank = self.accelerator.process_index
         if rank < len(state["rng"]):
-            _restore_rng({k: tensors[f"rng.{rank}.{k}"] for k in ("cpu",)}, state["rng"][rank])
+            restore_rng({"tensors": {"cpu": tensors[f"rng.{rank}.cpu"]}, "json": state["rng"][rank]})
         self.counters = Counters(**state["counters"])
 
 
@@ -203,8 +204,9 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     accelerator.init_trackers(
         "logs", config={"config": to_yaml(config)} if "tensorboard" not in config.trackers else None
     )
-    run.tracker = Tracker(config.run_dir, accelerator, run.counters.iteration)
-    _stop_on_sigterm(run)
+    done = run.counters.iteration
+    run.tracker = Tracker(config.run_dir, accelerator, done, complete=done >= config.train.iterations)
+    _stop_on_signal(run)
     return run
 
 
@@ -282,6 +284,7 @@ def environment(accelerator: Accelerator | None = None) -> dict[str, Any]:
             versions[name] = "not installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
+        "command": " ".join(["align", *(["train"] if sys.argv[0].endswith("train.py") else []), *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
@@ -305,7 +308,9 @@ def _accelerator(config: Config) -> Accelerator:
         raise UserError(f"model.precision or trackers: {str(problem).splitlines()[0]}") from problem
     missing = set(config.trackers) - {str(tracker) for tracker in accelerator.log_with} - {"all"}
     if missing:  # accelerate leaves out what is not installed without a word
-        raise UserError(f"trackers: {', '.join(sorted(missing))} is not installed; install it or remove it from trackers")
+        raise UserError(
+            f"trackers: {', '.join(sorted(missing))} is not installed; install it or remove it from trackers"
+        )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise UserError(
             f"accelerate is configured for {accelerator.distributed_type.value}; flow-align trains an adapter with plain data "
@@ -322,15 +327,24 @@ def _old_policy(config: Config, parameters: Sequence[torch.nn.Parameter]) -> Wei
     return WeightAverage(parameters, decay_of=lambda n: old_policy_decay(n, start_at, slope, most))
 
 
-def _stop_on_sigterm(run: Run) -> None:
-    def handler(*_: Any) -> None:
+def _stop_on_signal(run: Run) -> None:
+    """SIGTERM or the first Ctrl-C asks for a checkpoint and a clean end; a second Ctrl-C ends at once.
+
+    A second SIGTERM changes nothing: a scheduler signals the whole group, and the launcher's end signals once more.
+    """
+
+    def handler(number: int, _: Any) -> None:
         run.interrupted = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
-    signal.signal(signal.SIGTERM, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
-def _rng_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - users' rewards may draw from it
+def rng_state() -> dict[str, Any]:
+    """State of the global generators of torch, numpy and Python, which users' rewards may draw from."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     version, internal, gauss = random.getstate()
     return {
         "tensors": {"cpu": torch.get_rng_state()},
@@ -341,8 +355,10 @@ def _rng_state() -> dict[str, Any]:
     }
 
 
-def _restore_rng(tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-    torch.set_rng_state(tensors["cpu"])
+def restore_rng(state: dict[str, Any]) -> None:
+    """Inverse of `rng_state`."""
+    data = state["json"]
+    torch.set_rng_state(state["tensors"]["cpu"])
     kind, keys, position, has_gauss, cached = data["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
     version, internal, gauss = data["python"]

@@ -11,6 +11,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from align.runfolder import metric_rows
+
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON beside and rename, so that a reader or a crash never sees half a file. NaN becomes null."""
@@ -31,29 +33,21 @@ def _finite(value: Any) -> Any:
     return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 class Tracker:
     """Appends rows to metrics.jsonl on the main process and forwards them to the configured trackers."""
 
-    def __init__(self, run_dir: Path, accelerator: Accelerator, resume_from: int) -> None:
-        """`resume_from`: first iteration that will be run; rows at or after it (of a killed run) are dropped."""
+    def __init__(self, run_dir: Path, accelerator: Accelerator, resume_from: int, complete: bool = False) -> None:
+        """`resume_from`: first iteration that will be run; rows at or after it (of a killed run) are dropped.
+
+        `complete`: no iteration is left, only the final evaluation, whose row is dropped too if it was written before.
+        """
         self.path = run_dir / "metrics.jsonl"
         self.accelerator = accelerator
         if not accelerator.is_main_process:
             return
-        kept = [r for r in read_metrics(self.path) if _precedes(r, resume_from)]
+        kept = (
+            [r for r in metric_rows(self.path)[0] if _precedes(r, resume_from, complete)] if self.path.is_file() else []
+        )
         temporary = self.path.with_name(".metrics.jsonl.tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -68,6 +62,7 @@ class Tracker:
         self.accelerator.log(numbers, step=iteration)
 
 
-def _precedes(row: Mapping[str, Any], resume_from: int) -> bool:
+def _precedes(row: Mapping[str, Any], resume_from: int, complete: bool) -> bool:
     # an eval row at i describes the weights after i iterations; the checkpoint of i iterations is written after it
-    return row["iteration"] < resume_from or (row["kind"] == "eval" and row["iteration"] <= resume_from > 0)
+    done = row["kind"] == "eval" and row["iteration"] == resume_from > 0 and not complete
+    return row["iteration"] < resume_from or done

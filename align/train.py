@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,21 +11,25 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from accelerate.utils import set_seed
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torchvision.transforms.functional import pil_to_tensor
 
 from align.checkpoint import export_adapter
 from align.config import Config, load_config, to_yaml
 from align.errors import UserError
 from align.evaluate import Evaluation, evaluate, half_width, paired_interval
 from align.geometry import geometry, geometry_table, memory_estimate
-from align.grids import comparison_grid, save_png
+from align.grids import as_image, comparison_grid, save_png
 from align.launch import follow_launcher, spread_over_cpus
 from align.policy_loop import Interrupted, run_iteration
 from align.prompts import load_prompts
 from align.report import write_report
-from align.run import Run, start
+from align.run import Run, restore_rng, rng_state, start
+from align.scoring import Scores
 from align.tracking import write_json
 from rewards.base import RewardError
 from rewards.registry import build_reward
@@ -87,7 +92,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
 
     Raises: UserError for anything a person can put right.
     """
-    torch.manual_seed(config.train.seed)
+    set_seed(config.train.seed)
     run = start(config, console)
     if not run.main:
         run.console = console = Console(quiet=True)
@@ -117,10 +122,11 @@ def _one_iteration(run: Run, bar: Progress, task: Any) -> bool:
     def report(stage: str, done: int, total: int) -> None:
         bar.update(task, stage=f"{stage} {done}/{total}")
 
-    index = run.counters.iteration
+    index, before = run.counters.iteration, rng_state()
     try:
         metrics = run_iteration(run, report)
     except Interrupted:
+        restore_rng(before)  # the iteration will be done again
         return False
     assert run.tracker is not None
     run.tracker.log("train", index, metrics)
@@ -145,41 +151,67 @@ def _progress(console: Console) -> Progress:
 
 
 def _evaluate(run: Run, count: int, keep: int, weights: Any, on_progress: Any = None) -> Evaluation:
-    config = run.config
-    guidance = config.eval.guidance_scale
-    return evaluate(
+    config, before = run.config, rng_state()
+    evaluation = evaluate(
         run.model,
         run.rewards,
         run.eval_prompts[:count],
         run.accelerator,
         num_steps=config.eval.num_steps,
-        guidance_scale=config.sampler.guidance_scale if guidance is None else guidance,
+        guidance_scale=_deploy_guidance(run),
         seed=config.eval.seed,
         batch_size=config.train.rollout_batch,
         keep_images=keep,
         weights=weights,
         progress=on_progress,
     )
+    restore_rng(before)  # what rewards draw while they only measure must not change the training
+    return evaluation
 
 
 def _evaluate_base(run: Run) -> Evaluation:
-    """Scores and grid images of the base model; made again after a resume, for the images of the grid."""
-    folder = run.config.run_dir
-    config, keep = run.config.eval, run.config.eval.grid_prompts
+    """Scores and grid images of the base model; read back from the run's folder when it continues."""
+    folder, config = run.config.run_dir, run.config.eval
+    stored = _stored_base(run) if run.counters.iteration else None
+    if stored is not None:
+        return stored
     with _progress(run.console) as bar:
         task = bar.add_task("evaluating the base", total=len(run.eval_prompts), stage="")
-        base = _evaluate(
-            run,
-            config.prompts,
-            keep,
-            run.model.reference(),
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
+
+        def on_progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        base = _evaluate(run, config.prompts, config.grid_prompts, run.model.reference(), on_progress)
     if run.main:
+        for i, image in enumerate(base.images):
+            save_png(as_image(image), folder / "samples" / "base" / f"{i:04d}.png")
         write_json(folder / "eval" / "base.json", base.to_json())
     if run.counters.iteration == 0:
         _log_evaluation(run, base, config.during)
     return base
+
+
+def _stored_base(run: Run) -> Evaluation | None:
+    """The base evaluation in the run's folder, if it was made with the present prompts and settings."""
+    folder, config = run.config.run_dir, run.config.eval
+    path = folder / "eval" / "base.json"
+    pictures = sorted((folder / "samples" / "base").glob("*.png"))
+    if not path.is_file() or len(pictures) != min(config.grid_prompts, len(run.eval_prompts)):
+        return None
+    images = torch.stack([pil_to_tensor(Image.open(p).convert("RGB")).float() / 255 for p in pictures])
+    data = json.loads(path.read_text(encoding="utf-8"))
+    same = {"prompts": [p.text for p in run.eval_prompts], "num_steps": config.num_steps, "seed": config.seed}
+    same["guidance_scale"] = _deploy_guidance(run)
+    if any(data.get(k) != v for k, v in same.items()) or set(data["scores"]) != set(run.rewards):
+        return None
+    values = {k: torch.tensor([float("nan") if x is None else x for x in v]) for k, v in data["scores"].items()}
+    scores = Scores(values, {k: ~v.isnan() for k, v in values.items()})
+    return Evaluation(run.eval_prompts, scores, images, config.num_steps, data["guidance_scale"], config.seed)
+
+
+def _deploy_guidance(run: Run) -> float:
+    guidance = run.config.eval.guidance_scale
+    return run.config.sampler.guidance_scale if guidance is None else guidance
 
 
 def _evaluate_tuned(run: Run, count: int, bar: Progress | None = None, task: Any = None) -> Evaluation:
@@ -242,6 +274,7 @@ def finish(run: Run, base: Evaluation) -> dict[str, Any]:
 def save_comparison(path: Path, columns: dict[str, Evaluation], count: int) -> Path:
     """Grid of the first `count` prompts, one column per evaluation, scores under each cell."""
     first = next(iter(columns.values()))
+    rows = min(count, len(first.prompts))
     picture = comparison_grid(
         {label: list(e.images[:count]) for label, e in columns.items()},
         [p.text for p in first.prompts[:count]],
@@ -249,6 +282,7 @@ def save_comparison(path: Path, columns: dict[str, Evaluation], count: int) -> P
             label: {name: [float(x) for x in v[:count]] for name, v in e.scores.values.items()}
             for label, e in columns.items()
         },
+        fold=2 if rows > 4 else 1,
     )
     save_png(picture, path)
     return path

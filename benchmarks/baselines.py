@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from align.run import environment
-from align.tracking import read_metrics, write_json
+from align.runfolder import metric_rows
+from align.tracking import write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "baselines.json"
@@ -71,10 +72,12 @@ def add(method: str, seed: int, folder: Path) -> None:
             "nfe": row["nfe"],
             "seconds": round(row["seconds"], 1),
         }
-        for row in read_metrics(folder / "metrics.jsonl")
+        for row in metric_rows(folder / "metrics.jsonl")[0]
         if row["kind"] == "eval"
     ]
-    scores = {k: json.loads((folder / "eval" / f"{k}.json").read_text())["scores"]["verifier"] for k in ("base", "tuned")}
+    scores = {
+        k: json.loads((folder / "eval" / f"{k}.json").read_text())["scores"]["verifier"] for k in ("base", "tuned")
+    }
     rows.append(
         {
             "method": method,
@@ -123,7 +126,9 @@ def table(finals: list[dict[str, Any]]) -> str:
         )
     gains = [r["gain"] for r in finals]
     spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
-    lines.append(f"\nMean gain over {len(gains)} seeds: {statistics.mean(gains):+.3f} (standard deviation {spread:.3f}).")
+    lines.append(
+        f"\nMean gain over {len(gains)} seeds: {statistics.mean(gains):+.3f} (standard deviation {spread:.3f})."
+    )
     return "\n".join(lines)
 
 

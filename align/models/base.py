@@ -114,6 +114,7 @@ class ImageModel:
         self.network: Any = getattr(pipe, self.denoiser_name)
         self.guidance_scale = 1.0
         self._embedded: dict[str, Conditioning] = {}
+        self._released = False
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
@@ -133,6 +134,10 @@ class ImageModel:
     def cache_prompts(self, prompts: Sequence[str], progress: Any = None, batch_size: int = 16) -> None:
         """Embed every distinct prompt not yet known (and the empty one, for guidance), kept on the CPU."""
         wanted = [p for p in dict.fromkeys(["", *prompts]) if p not in self._embedded]
+        if wanted and self._released:
+            raise UserError(
+                f"model.encoders: the text encoders were released, so '{wanted[0]}' cannot be embedded; use encoders=keep"
+            )
         for start in range(0, len(wanted), batch_size):
             chunk = wanted[start : start + batch_size]
             encoded = self.encode(chunk).to("cpu")
@@ -159,6 +164,7 @@ class ImageModel:
         """Free the text encoders' memory. Prompts not in the cache cannot be embedded afterwards."""
         for name in [n for n in self.pipe.components if n.startswith("text_encoder")]:
             setattr(self.pipe, name, None)
+        self._released = True
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
