@@ -10,7 +10,12 @@ from rich.console import Console
 
 from align.train import print_summary, readable_errors, save_comparison, train_command
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune text-to-image models towards a reward and see what it did. First: align train configs/demo.yaml",
+)
 app.command("train")(train_command)
 
 Target = Annotated[

@@ -155,7 +155,9 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     Raises: UserError for anything a person can put right.
     """
     accelerator = _accelerator(config)
+    console = console if accelerator.is_main_process else Console(quiet=True)
     folder = checkpoint.find_checkpoint(config.run_dir, config.checkpoint.resume)
+    accelerator.wait_for_everyone()  # nobody writes before all have looked
     shape = geometry(config, accelerator.num_processes)
     train_prompts, eval_prompts = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
     rewards = build_rewards(config, accelerator.device)

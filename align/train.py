@@ -94,8 +94,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     """
     set_seed(config.train.seed)
     run = start(config, console)
-    if not run.main:
-        run.console = console = Console(quiet=True)
+    console = run.console  # silent on all processes but one
     console.print(geometry_table(config, run.shape))
     base = _evaluate_base(run)
     with _progress(console) as bar:
@@ -314,8 +313,8 @@ def print_summary(summary: dict[str, Any], prompts: int, console: Console) -> No
 
 def main() -> None:
     """`python -m align.train`."""
-    spread_over_cpus(sys.argv[1:])
     follow_launcher()
+    spread_over_cpus(sys.argv[1:])
     typer.run(train_command)
 
 

@@ -12,7 +12,8 @@ from diffusers.training_utils import EMAModel
 class WeightAverage(EMAModel):
     """diffusers' `EMAModel` whose copy can stand in for the live weights without moving a byte.
 
-    `decay_of(n)` gives the decay of the n-th step (n = 0, 1, ...); by default diffusers' min((1+n)/(10+n), decay).
+    `decay_of(n)` gives the decay of the n-th step (n = 0, 1, ...); by default it is diffusers' min((1+n)/(10+n), decay),
+    but 0 (a copy) at n = 0.
     """
 
     def __init__(

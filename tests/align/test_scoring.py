@@ -65,7 +65,9 @@ def test_rewards_see_prompts_metadata_groups_and_the_iteration():
 
     class Spy(Reward):
         def score(self, batch):
-            seen.update(prompts=batch.prompts, metadata=batch.metadata, groups=batch.group_ids.tolist(), step=batch.step)
+            seen.update(
+                prompts=batch.prompts, metadata=batch.metadata, groups=batch.group_ids.tolist(), step=batch.step
+            )
             return RewardOutput(batch.images.mean(dim=(1, 2, 3)))
 
     found = score_local({"spy": Spy()}, IMAGES, PROMPTS, [7, 7, 9, 9], 3)

@@ -18,13 +18,13 @@ def test_the_default_decay_warms_up_to_its_limit():
         with torch.no_grad():
             weight.fill_(float(n * n))
         average.update()
-        decay = min((1 + n) / (10 + n), 0.5)
+        decay = min((1 + n) / (10 + n), 0.5) if n else 0.0
         assert average.cur_decay_value == pytest.approx(decay)
         expected = decay * expected + (1 - decay) * n * n
         # float32 rounding of each of at most 12 steps
         torch.testing.assert_close(average.shadow_params[0].double(), expected, rtol=1e-5, atol=1e-5)
     # the limit is reached where (1 + n) / (10 + n) = 1/2, so the schedule's two branches were both seen
-    assert average.get_decay(9) == 0.5 > average.get_decay(8)
+    assert average.get_decay(9) == 0.5 > average.get_decay(8)  # counted from 1: n = 8 and 7
 
 
 def test_an_own_schedule_counts_steps_from_zero():
@@ -69,9 +69,16 @@ def test_applied_restores_after_an_error():
     weight = parameter([1.0])
     average = WeightAverage([weight], decay=0.9)
     average.shadow_params[0].fill_(5.0)
-    with pytest.raises(RuntimeError, match="inside"), average.applied():
-        assert weight.item() == 5.0
-        raise RuntimeError("inside")
+    seen = []
+
+    def fail():
+        with average.applied():
+            seen.append(weight.item())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert seen == [5.0]
     assert (weight.item(), average.shadow_params[0].item()) == (1.0, 5.0)
 
 

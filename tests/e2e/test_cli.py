@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -38,9 +40,19 @@ def fresh_accelerator():
     AcceleratorState._reset_state(True)
 
 
+def invoke(*arguments) -> Result:
+    """A command run in this process; the signal handlers of a training run do not outlive it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "400"})
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def align(*arguments) -> str:
-    """Output of a command that must succeed, run in this process."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "400"})
+    """Output of a command that must succeed."""
+    result = invoke(*arguments)
     if result.exit_code:
         raise AssertionError(result.output) from result.exception
     return result.output
@@ -48,14 +60,13 @@ def align(*arguments) -> str:
 
 def refused(*arguments) -> list[str]:
     """The error lines of a command that must fail, without a traceback; with --debug it must raise instead."""
-    words = [str(a) for a in arguments]
-    result = CliRunner().invoke(app, words, env={"COLUMNS": "400"})
+    result = invoke(*arguments)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert "Traceback" not in result.output
     lines = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert lines, result.output
-    loud = CliRunner().invoke(app, [*words, "--debug"])
+    loud = invoke(*arguments, "--debug")
     assert isinstance(loud.exception, (UserError, ValueError)), repr(loud.exception)
     return [line.removeprefix("error: ") for line in lines]
 

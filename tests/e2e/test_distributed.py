@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from align.tracking import read_metrics
+from align.runfolder import metric_rows
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCHERS = {
@@ -26,7 +26,7 @@ CHANGES = {
 
 def assert_equal_runs(one: Path, other: Path) -> None:
     """Same rows to 1e-5 (absolute below 1, relative above), but for wall times."""
-    first, second = (read_metrics(folder / "metrics.jsonl") for folder in (one, other))
+    first, second = (metric_rows(folder / "metrics.jsonl")[0] for folder in (one, other))
     assert [(r["kind"], r["iteration"]) for r in first] == [(r["kind"], r["iteration"]) for r in second]
     assert sum(r["kind"] == "train" for r in first) == 3
     for a, b in zip(first, second, strict=True):
@@ -52,9 +52,7 @@ def test_cutting_of_batches(alone, train_here):
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("alone", "launcher"), [("flow_grpo", "accelerate"), ("nft", "torchrun")], indirect=["alone"]
-)
+@pytest.mark.parametrize(("alone", "launcher"), [("flow_grpo", "accelerate"), ("nft", "torchrun")], indirect=["alone"])
 def test_two_processes(alone, launcher):
     config, folder = alone
     done = subprocess.run(

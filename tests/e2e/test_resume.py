@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from align.checkpoint import checkpoints, load_checkpoint
 from align.errors import UserError
-from align.tracking import read_metrics
+from align.runfolder import metric_rows
 
 REPOSITORY = Path(__file__).parents[2]
 REWARD = Path(__file__).with_name("moody_reward.py")
@@ -84,7 +84,7 @@ def assert_same_end(disturbed: Path, undisturbed: Path) -> None:
 
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = metric_rows(folder / "metrics.jsonl")[0]
     return [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("time/")} for row in rows]
 
 
@@ -154,7 +154,7 @@ def test_sigterm_to_the_launcher_reaches_the_run(configure, train_here, tmp_path
     try:
         metrics = tmp_path / "disturbed" / "metrics.jsonl"
         until = time.monotonic() + 300
-        while not any(r["kind"] == "train" for r in read_metrics(metrics)):
+        while not any(r["kind"] == "train" for r in metric_rows(metrics)[0]):
             assert launcher.poll() is None
             assert time.monotonic() < until
             time.sleep(0.1)

@@ -21,7 +21,7 @@ from align.evaluate import EVAL_STREAM, sample_images
 from align.models.base import load_model
 from align.policy_loop import run_iteration
 from align.run import start
-from align.tracking import read_metrics
+from align.runfolder import metric_rows
 from samplers.noise import keyed_normal
 
 REPOSITORY = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ class TestCommand:
         assert not list(finished.rglob(".tmp-*"))
 
     def test_metrics(self, finished):
-        rows = read_metrics(finished / "metrics.jsonl")
+        rows = metric_rows(finished / "metrics.jsonl")[0]
         train = [r for r in rows if r["kind"] == "train"]
         assert [r["iteration"] for r in train] == [0, 1, 2, 3]
         for name in ("reward/mean", "reward/brightness", "train/loss", "train/grad_norm", "train/kl", "time/sample"):
@@ -96,7 +96,7 @@ class TestCommand:
     def test_network_evaluations(self, finished):
         # 8 images x 3 steps sampled; 8 x 2 pairs, each a forward, a reference forward and a backward worth two
         per_iteration = 2 * (8 * 3 + 8 * 2 * 4)  # guidance runs the network twice
-        assert read_metrics(finished / "metrics.jsonl")[-1]["nfe"] == 4 * per_iteration
+        assert metric_rows(finished / "metrics.jsonl")[0][-1]["nfe"] == 4 * per_iteration
 
     @pytest.mark.parametrize("label", ["base", "tuned"])
     def test_scores(self, finished, label):
