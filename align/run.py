@@ -252,6 +252,8 @@ def write_run_files(config: Config, accelerator: Accelerator, resumed: bool) -> 
 
 
 _MAY_CHANGE = (
+    "name",
+    "output_dir",
     "train.iterations",
     "train.micro_batch",
     "train.rollout_batch",
