@@ -110,7 +110,8 @@ def show() -> None:
         finals = [r for r in rows if r["kind"] == "final" and r["method"] == method]
         if finals:
             figure = "![held-out score of the baselines](../assets/baselines.png)"
-            place(ROOT / page, f"{table(finals)}\n\n{figure}\n\nFrom `benchmarks/results/baselines.json`.")
+            text = f"{table(finals)}\n\n{figure}\n\nFrom `benchmarks/results/baselines.json`."
+            place(ROOT / page, text + (attempts() if method == "flow_grpo" else longer(rows)))
     if any(r["method"] == "nft" for r in rows):
         place(ROOT / "README.md", readme(rows))
 
@@ -127,6 +128,36 @@ def readme(rows: list[dict[str, Any]]) -> str:
         "results: [`benchmarks/results/baselines.json`](benchmarks/results/baselines.json), made by "
         "`python benchmarks/baselines.py run`.\n\n![base and tuned on the same prompts and noise](docs/assets/demo_grid.png)"
     )
+
+
+def longer(rows: list[dict[str, Any]]) -> str:
+    """The same configuration left to run twice as long."""
+    found = [r for r in rows if r["method"] == "nft_long" and r["kind"] == "final"]
+    curve = [f"{r['mean']:.3f}" for r in rows if r["method"] == "nft_long" and r["kind"] == "curve"]
+    if not found:
+        return ""
+    return f"\n\nLeft to run twice as long (`train.iterations=80`), every tenth iteration: {', '.join(curve)}.\n\n{table(found)}"
+
+
+def attempts() -> str:
+    """Flow-GRPO settings that learnt less here, and how much of each variant's gradient is signal."""
+    results = ROOT / "benchmarks" / "results"
+    curves: dict[str, list[str]] = {}
+    for row in json.loads((results / "flow_grpo_attempts.json").read_text())["rows"]:
+        curves.setdefault(row["method"], []).append(f"{row['mean']:.3f} ({row['iteration']})")
+    lines = ["\n\nSettings that learnt less, held-out score (iteration):\n"]
+    lines += [f"- {name}: {', '.join(points)}" for name, points in curves.items()]
+    agreement = results / "gradient_agreement.json"
+    if agreement.is_file():
+        lines += [
+            "\nThe reason is the share of signal in the gradient: the mean cosine between the gradients of independent "
+            "iterations of 192 images at the base (`benchmarks/gradient_agreement.py`).\n",
+            "| variant | cosine | pairs |",
+            "|---|---|---|",
+        ]
+        found = json.loads(agreement.read_text())["rows"]
+        lines += [f"| {row['method']} | {row['mean']:.3f} | {row['n']} |" for row in found]
+    return "\n".join(lines)
 
 
 def table(finals: list[dict[str, Any]]) -> str:
@@ -190,13 +221,19 @@ def draw(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "show"])
-    parser.add_argument("--methods", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument(
+        "action", choices=["run", "show", "add"], help="add: take over the finished run --scratch/METHOD-SEED"
+    )
+    parser.add_argument("--methods", nargs="+", default=list(CONFIGS), choices=[*CONFIGS, "nft_long"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "baselines")
     arguments = parser.parse_args()
     if arguments.action == "run":
         run(arguments.methods, arguments.seeds, arguments.scratch)
+    if arguments.action == "add":
+        for method in arguments.methods:
+            for seed in arguments.seeds:
+                add(method, seed, arguments.scratch / f"{method}-{seed}")
     show()
 
 
