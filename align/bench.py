@@ -93,16 +93,19 @@ def run_bench(config: Config, iterations: int, size: str | None, out: Path, cons
         counter = FlopCounterMode(display=False)
         with console.status("warm-up, counting FLOPs"), counter:
             run_iteration(run, lambda *_: None)
+        flops = float(counter.get_total_flops())
         rows = []
         for i in range(iterations):
             with console.status(f"timed iteration {i + 1}/{iterations}"):
                 rows.append(run_iteration(run, lambda *_: None))
-        row = _row(run, rows, float(counter.get_total_flops()), size)
+        peak = _peak_megabytes(run.model.device)
+        row = _row(run, rows, flops, _recomputed(run), peak, size)
     result = {
         "command": f"align bench {' '.join(sys.argv[2:])}",
         "config": dataclasses.asdict(config),
         "seeds": [config.train.seed],
         "machine": environment(run.accelerator),
+        "versions": environment(run.accelerator)["versions"],
         "rows": [row],
     }
     write_json(out, result)
@@ -114,7 +117,20 @@ def run_bench(config: Config, iterations: int, size: str | None, out: Path, cons
     return row
 
 
-def _row(run: Run, rows: list[dict[str, float]], flops: float, size: str | None) -> dict[str, Any]:
+def _recomputed(run: Run) -> float:
+    """FLOPs of an iteration that only repeat a forward pass (gradient checkpointing); not counted as the model's."""
+    if not run.config.model.gradient_checkpointing:
+        return 0.0
+    x = torch.zeros(1, *run.model.latent_shape, device=run.model.device)
+    cond = run.model.conditioning([run.train_prompts[0].text])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run.model.velocity(x, torch.ones(1, device=x.device), cond)
+    return float(counter.get_total_flops()) * run.shape.local_samples * run.shape.pairs_per_sample
+
+
+def _row(
+    run: Run, rows: list[dict[str, float]], flops: float, recomputed: float, peak: float, size: str | None
+) -> dict[str, Any]:
     stages = {k: statistics.median(r[k] for r in rows) for k in ("time/sample", "time/score", "time/train")}
     seconds = sum(stages.values())
     rate = matmul_rate(run.model.device, run.model.dtype)
@@ -134,8 +150,9 @@ def _row(run: Run, rows: list[dict[str, float]], flops: float, size: str | None)
         "nfe": int(before),
         "tflop": flops / 1e12,
         "matmul_tflops": rate / 1e12,
-        "flop_utilisation": flops / seconds / rate,
-        "peak_mb": _peak_megabytes(run.model.device),
+        "model_flop_utilisation": (flops - recomputed) / seconds / rate,
+        "hardware_flop_utilisation": flops / seconds / rate,
+        "peak_mb": peak,
     }
 
 

@@ -55,13 +55,13 @@ def save_checkpoint(
     parent.mkdir(parents=True, exist_ok=True)
     clean_leftovers(parent)
     final = parent / f"{PREFIX}{iteration:06d}"
+    if (final / "state.json").is_file():
+        return final  # an iteration has one state: what is there is it, and replacing it would risk it
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / "state.safetensors")
     write_json(temporary / "state.json", {**state, "iteration": iteration})
     write_adapter(model, temporary / "adapter")
     _sync(temporary)
-    if final.exists():
-        _remove(final)
     os.replace(temporary, final)
     for old in checkpoints(run_dir)[:-keep]:
         _remove(old)
@@ -72,6 +72,13 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and JSON state of a checkpoint."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return load_file(folder / "state.safetensors"), state
+
+
+def drop_newer(run_dir: Path, iteration: int) -> None:
+    """Delete checkpoints past `iteration`: the run goes on from there, so they belong to a future that will not be."""
+    for folder in checkpoints(run_dir):
+        if int(folder.name.removeprefix(PREFIX)) > iteration:
+            _remove(folder)
 
 
 def clean_leftovers(parent: Path) -> None:
@@ -128,7 +135,7 @@ def export_adapter(model: ImageModel, folder: Path) -> Path:
     check_adapter(model, temporary)
     _sync(temporary)
     if folder.exists():
-        shutil.rmtree(folder)
+        _remove(folder)
     os.replace(temporary, folder)
     return folder
 

@@ -224,7 +224,8 @@ def _add_up(sums: dict[str, float], loss: Tensor, info: dict[str, Tensor], pairs
     for key, value in info.items():
         sums[key] += float(value.double().sum())
     if "ratio" in info:
-        sums["worst_ratio"] = max(sums["worst_ratio"], float((info["ratio"] - 1).abs().max()))
+        worst = float((info["ratio"] - 1).abs().max())
+        sums["worst_ratio"] = worst if not worst <= sums["worst_ratio"] else sums["worst_ratio"]  # a NaN stays
 
 
 def _step(run: Run) -> float:

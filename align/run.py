@@ -128,8 +128,10 @@ class Run:
     def restore(self, folder: Any) -> None:
         """Continue exactly where the checkpoint in `folder` was written."""
         tensors, state = checkpoint.load_checkpoint(folder)
-        if sum(k.startswith("param.") for k in tensors) != len(self.parameters):
-            raise UserError(f"{folder}: made for another model or LoRA; use a new name or the run's own config")
+        if not self._fits(tensors):
+            raise UserError(
+                f"{folder}: made for another model, LoRA or objective; use a new name or the run's own config"
+            )
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):
                 parameter.copy_(tensors[f"param.{i}"])
@@ -143,8 +145,19 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         rank = self.accelerator.process_index
         if rank < len(state["rng"]):
-            restore_rng({"tensors": {"cpu": tensors[f"rng.{rank}.cpu"]}, "json": state["rng"][rank]})
+            prefix = f"rng.{rank}."
+            generators = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            restore_rng({"tensors": generators, "json": state["rng"][rank]})
         self.counters = Counters(**state["counters"])
+
+    def _fits(self, tensors: dict[str, Tensor]) -> bool:
+        sources = {"param": self.parameters}
+        for name, average in (("average", self.average), ("old", self.old)):
+            if average is not None:
+                sources[name] = average.shadow_params
+        shapes = {f"{name}.{i}": p.shape for name, values in sources.items() for i, p in enumerate(values)}
+        stored = {k: v.shape for k, v in tensors.items() if k.split(".")[0] in ("param", "average", "old")}
+        return shapes == stored
 
 
 def start(config: Config, console: Console, model: ImageModel | None = None) -> Run:
@@ -161,6 +174,9 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     shape = geometry(config, accelerator.num_processes)
     train_prompts, eval_prompts = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
     rewards = build_rewards(config, accelerator.device)
+    for name, reward in rewards.items():
+        if reward.kind == "groupwise" and accelerator.num_processes > 1:
+            raise UserError(f"reward '{name}' compares whole groups, which several processes share: use one process")
     if accelerator.is_main_process:
         write_run_files(config, accelerator, resumed=folder is not None)
     eval_prompts = eval_prompts[: config.eval.prompts]
@@ -202,6 +218,8 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     )
     if folder is not None:
         run.restore(folder)
+        if accelerator.is_main_process and folder.parent.parent == config.run_dir:
+            checkpoint.drop_newer(config.run_dir, run.counters.iteration)
         console.print(f"resuming at iteration {run.counters.iteration} from {folder}")
     accelerator.init_trackers(
         "logs", config={"config": to_yaml(config)} if "tensorboard" not in config.trackers else None
@@ -350,8 +368,11 @@ def rng_state() -> dict[str, Any]:
     """State of the global generators of torch, numpy and Python, which users' rewards may draw from."""
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
     version, internal, gauss = random.getstate()
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
     return {
-        "tensors": {"cpu": torch.get_rng_state()},
+        "tensors": tensors,
         "json": {
             "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
             "python": [version, list(internal), gauss],
@@ -363,6 +384,8 @@ def restore_rng(state: dict[str, Any]) -> None:
     """Inverse of `rng_state`."""
     data = state["json"]
     torch.set_rng_state(state["tensors"]["cpu"])
+    if "cuda" in state["tensors"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["tensors"]["cuda"])
     kind, keys, position, has_gauss, cached = data["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
     version, internal, gauss = data["python"]

@@ -197,8 +197,11 @@ def _stored_base(run: Run) -> Evaluation | None:
     pictures = sorted((folder / "samples" / "base").glob("*.png"))
     if not path.is_file() or len(pictures) != min(config.grid_prompts, len(run.eval_prompts)):
         return None
-    images = torch.stack([pil_to_tensor(Image.open(p).convert("RGB")).float() / 255 for p in pictures])
-    data = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        images = torch.stack([pil_to_tensor(Image.open(p).convert("RGB")).float() / 255 for p in pictures])
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RuntimeError, json.JSONDecodeError):
+        return None  # damaged files: the base is evaluated again
     same = {"prompts": [p.text for p in run.eval_prompts], "num_steps": config.num_steps, "seed": config.seed}
     same["guidance_scale"] = _deploy_guidance(run)
     if any(data.get(k) != v for k, v in same.items()) or set(data["scores"]) != set(run.rewards):

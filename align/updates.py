@@ -167,7 +167,7 @@ def training_times(run: Run, batch: Batch) -> Tensor:
 def check_first_ratio(run: Run, worst: float) -> None:
     """Stop if re-scoring the very first stored steps with unchanged weights does not give ratio 1."""
     tolerance = FIRST_RATIO_TOLERANCE[run.config.model.precision]
-    if worst > tolerance:
+    if not worst <= tolerance:  # NaN too
         raise UserError(
             f"the first probability ratio is off 1 by {worst:.3g} (allowed {tolerance:g} in {run.config.model.precision}): "
             "rollout and training disagree; use model.precision=fp32, or switch off model.compile"

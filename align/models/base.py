@@ -196,8 +196,9 @@ class ImageModel:
         images = []
         for chunk in latents.split(batch_size):
             unscaled = chunk.float() / config.scaling_factor + (config.shift_factor or 0.0)
-            images.append(self.pipe.vae.decode(unscaled, return_dict=False)[0])
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+            decoded = self.pipe.vae.decode(unscaled, return_dict=False)[0]
+            images.append(decoded.div_(2).add_(0.5).clamp_(0, 1))  # in place: full-size images are large
+        return torch.cat(images)
 
     # -- the adapter --------------------------------------------------------------------------------------------
 
