@@ -53,7 +53,7 @@ def set_attention(network: torch.nn.Module, name: str, device: torch.device, dty
     """Select attention backend `name` for `network` and prove that it runs there; returns diffusers' name of it.
 
     `auto` is torch's scaled-dot-product attention, but for half precision on CPUs: there the backward pass of the fused
-    kernel is several times slower than plain matrix products.
+    kernel is slower than that of plain matrix products.
     Raises: UserError if the backend is unknown, not installed, or has no kernel for this device, dtype and head size.
     """
     if name == "auto":
