@@ -210,5 +210,5 @@ def test_a_checkpoint_of_another_adapter_is_refused(finished, train_here):
     config, folder = finished
     other = checkpoints(folder)[-1]
     targets = "model.lora.targets=[to_q]"
-    with pytest.raises(UserError, match="made for another model or LoRA"):
+    with pytest.raises(UserError, match="made for another model, LoRA or objective"):
         train_here(config, "name=other", targets, f"checkpoint.resume={other}")
