@@ -151,7 +151,7 @@ class Run:
         self.counters = Counters(**state["counters"])
 
     def _fits(self, tensors: dict[str, Tensor]) -> bool:
-        sources = {"param": self.parameters}
+        sources: dict[str, Sequence[Tensor]] = {"param": self.parameters}
         for name, average in (("average", self.average), ("old", self.old)):
             if average is not None:
                 sources[name] = average.shadow_params
