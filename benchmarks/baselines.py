@@ -110,7 +110,7 @@ def show() -> None:
         finals = [r for r in rows if r["kind"] == "final" and r["method"] == method]
         if finals:
             figure = "![held-out score of the baselines](../assets/baselines.png)"
-            text = f"{table(finals)}\n\n{figure}\n\nFrom `benchmarks/results/baselines.json`."
+            text = f"{table(finals)}\n\n{figure}\n\nFrom `benchmarks/results/baselines.json`. Seconds were taken while other work shared the machine."
             place(ROOT / page, text + (attempts() if method == "flow_grpo" else longer(rows)))
     if any(r["method"] == "nft" for r in rows):
         place(ROOT / "README.md", readme(rows))
@@ -122,7 +122,7 @@ def readme(rows: list[dict[str, Any]]) -> str:
     gains = ", ".join(f"{r['gain']:+.3f} [{r['gain_ci95'][0]:+.3f}, {r['gain_ci95'][1]:+.3f}]" for r in finals)
     return (
         f"What `make demo` does, measured on {finals[0]['n']} held-out prompts with the same noise before and after: the "
-        f"graded verifier score rises from {finals[0]['base']:.3f} by {gains} ({len(finals)} seeds, 95 % intervals); the share "
+        f"graded verifier score rises from {finals[0]['base']:.3f} by {gains} ({len(finals)} seed{'s' * (len(finals) > 1)}, 95 % interval); the share "
         f"of pictures that match their prompt exactly goes from {finals[0]['full_base']:.2f} to "
         f"{statistics.mean(r['full'] for r in finals):.2f}. Configuration: [`configs/demo.yaml`](configs/demo.yaml), "
         "results: [`benchmarks/results/baselines.json`](benchmarks/results/baselines.json), made by "

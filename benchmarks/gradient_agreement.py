@@ -25,6 +25,7 @@ from align.updates import clipped_ratio_pairs, forward_process_pairs, micro_batc
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gradient_agreement.json"
+ITERATIONS = 3
 FULL = ["sampler.plan=full", "sampler.shared_noise=false"]
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "nft": ("configs/demo.yaml", []),
@@ -76,9 +77,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             settings = [f"output_dir={scratch}", "eval.prompts=2", "trackers=[]", *overrides]
             run = start(load_config(ROOT / path, settings), Console(quiet=True))
-            gradients = [gradient(run, i) for i in range(4)]
+            gradients = [gradient(run, i) for i in range(ITERATIONS)]
         cosines = [
-            float(torch.cosine_similarity(gradients[i], gradients[j], dim=0)) for i in range(4) for j in range(i)
+            float(torch.cosine_similarity(gradients[i], gradients[j], dim=0))
+            for i in range(ITERATIONS)
+            for j in range(i)
         ]
         row = {"method": name, "metric": "cosine", "mean": sum(cosines) / len(cosines), "n": len(cosines)}
         result["rows"].append(row | {"values": cosines})
