@@ -110,7 +110,8 @@ def show() -> None:
         finals = [r for r in rows if r["kind"] == "final" and r["method"] == method]
         if finals:
             figure = "![held-out score of the baselines](../assets/baselines.png)"
-            text = f"{table(finals)}\n\n{figure}\n\nFrom `benchmarks/results/baselines.json`. Seconds were taken while other work shared the machine."
+            source = "From `benchmarks/results/baselines.json`; seconds were taken while other work shared the machine."
+            text = f"{table(finals)}\n\n{figure}\n\n{source}"
             place(ROOT / page, text + (attempts() if method == "flow_grpo" else longer(rows)))
     if any(r["method"] == "nft" for r in rows):
         place(ROOT / "README.md", readme(rows))
@@ -122,7 +123,7 @@ def readme(rows: list[dict[str, Any]]) -> str:
     gains = ", ".join(f"{r['gain']:+.3f} [{r['gain_ci95'][0]:+.3f}, {r['gain_ci95'][1]:+.3f}]" for r in finals)
     return (
         f"What `make demo` does, measured on {finals[0]['n']} held-out prompts with the same noise before and after: the "
-        f"graded verifier score rises from {finals[0]['base']:.3f} by {gains} ({len(finals)} seed{'s' * (len(finals) > 1)}, 95 % interval); the share "
+        f"graded verifier score rises from {finals[0]['base']:.3f} by {gains} (one interval a seed, 95 %); the share "
         f"of pictures that match their prompt exactly goes from {finals[0]['full_base']:.2f} to "
         f"{statistics.mean(r['full'] for r in finals):.2f}. Configuration: [`configs/demo.yaml`](configs/demo.yaml), "
         "results: [`benchmarks/results/baselines.json`](benchmarks/results/baselines.json), made by "
@@ -136,7 +137,8 @@ def longer(rows: list[dict[str, Any]]) -> str:
     curve = [f"{r['mean']:.3f}" for r in rows if r["method"] == "nft_long" and r["kind"] == "curve"]
     if not found:
         return ""
-    return f"\n\nLeft to run twice as long (`train.iterations=80`), every tenth iteration: {', '.join(curve)}.\n\n{table(found)}"
+    head = f"Left to run twice as long (`train.iterations=80`), every tenth iteration: {', '.join(curve)}."
+    return f"\n\n{head}\n\n{table(found)}"
 
 
 def attempts() -> str:
