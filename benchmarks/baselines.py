@@ -152,7 +152,7 @@ def attempts() -> str:
     agreement = results / "gradient_agreement.json"
     if agreement.is_file():
         lines += [
-            "\nThe reason is the share of signal in the gradient: the mean cosine between the gradients of independent "
+            "\nA likely reason is the share of signal in the gradient: the mean cosine between the gradients of independent "
             "iterations of 192 images at the base (`benchmarks/gradient_agreement.py`).\n",
             "| variant | cosine | pairs |",
             "|---|---|---|",
