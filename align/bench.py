@@ -84,7 +84,8 @@ def random_model(size: str, config: Config, device: torch.device) -> ImageModel:
 def run_bench(config: Config, iterations: int, size: str | None, out: Path, console: Console) -> dict[str, Any]:
     """Time `iterations` after one warm-up that counts FLOPs; writes the result file and returns its row."""
     with tempfile.TemporaryDirectory() as scratch:
-        config = dataclasses.replace(config, output_dir=scratch, trackers=[])
+        sampler = dataclasses.replace(config.sampler, psi=None)  # the noise levels do not change the time of a step
+        config = dataclasses.replace(config, output_dir=scratch, trackers=[], sampler=sampler)
         config.train.iterations = iterations + 1
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run = start(config, console, random_model(size, config, device) if size else None)

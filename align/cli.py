@@ -180,6 +180,27 @@ def bench(
         run_bench(load_config(config, overrides or []), iterations, random, out, console)
 
 
+@app.command()
+def calibrate(
+    config: Annotated[str, typer.Argument(help="YAML file of a run with sampler.kernel flow_sde")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings that win over the file, as in calibration.samples=64")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="table to write (default: where sampler.psi=auto finds it)")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure the noise of each sampling step (psi) that explores most while gains and losses stay balanced.
+
+    Writes the table and a chart of it. Training takes the table with sampler.psi=FILE, or sampler.psi=auto.
+    """
+    console = Console()
+    with readable_errors(console, debug):
+        from align.calibrate import run_calibration
+        from align.config import load_config
+
+        run_calibration(load_config(config, overrides or []), out, console)
+
+
 def main() -> None:
     """Console entry point."""
     app()

@@ -13,11 +13,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from align.advantages import AdvantageConfig
+from align.credit import CreditConfig
 from align.errors import UserError
 from align.models.base import ModelConfig
 from align.objectives import ObjectiveConfig
 from align.schema import build, nearest
 from rewards.registry import RewardConfig
+from samplers.calibration import CalibrationConfig
+from samplers.completions import CompletionConfig
 from samplers.config import SamplerConfig
 
 _REPOSITORY = Path(__file__).parent.parent / "configs"
@@ -132,6 +135,9 @@ class Config:
     eval_rewards: dict[str, RewardConfig] = field(default_factory=dict)
     """Further rewards that are only measured, never trained."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    completions: CompletionConfig = field(default_factory=CompletionConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -215,6 +221,9 @@ def validate(config: Config) -> list[str]:
     """Impossible values and combinations, one line each."""
     errors = config.model.validate()
     errors += [f"sampler.{line}" for line in config.sampler.validate()]
+    errors += [f"completions.{line}" for line in config.completions.validate(config.sampler.num_steps)]
+    errors += [f"calibration.{line}" for line in config.calibration.validate()]
+    errors += [f"credit.{line}" for line in config.credit.validate()]
     errors += [f"advantage.{line}" for line in config.advantage.validate()]
     errors += [f"objective.{line}" for line in config.objective.validate(config.sampler.num_steps)]
     for kind, group in (("rewards", config.rewards), ("eval_rewards", config.eval_rewards)):
@@ -276,18 +285,36 @@ def _combinations(config: Config) -> list[str]:
             f"sampler.kernel: objective.type forward_process trains on final images only and collects them with 'ode'; "
             f"got '{config.sampler.kernel}'"
         )
-    if config.sampler.kernel == "ode" and config.sampler.plan == "window":
-        errors.append("sampler.plan: 'window' chooses stochastic steps, and kernel 'ode' has none; use plan 'full'")
+    if config.sampler.kernel == "ode" and config.sampler.plan in ("window", "sliding"):
+        errors.append("sampler.plan: a window chooses stochastic steps, and kernel 'ode' has none; use plan 'full'")
     if config.sampler.kernel != "ode" and config.sampler.solver != "euler":
         errors.append(
             f"sampler.solver: '{config.sampler.solver}' only acts with kernel 'ode'; got '{config.sampler.kernel}'"
         )
+    if config.sampler.kernel == "ode" and config.sampler.psi is not None:
+        errors.append("sampler.psi: kernel 'ode' has no noise to set; remove psi")
+    errors += _credit_errors(config)
     if config.train.group_size >= 2 and config.advantage.min_valid > config.train.group_size:
         errors.append(
             f"advantage.min_valid: {config.advantage.min_valid} is more than train.group_size "
             f"{config.train.group_size}, so no group would ever count"
         )
     return errors
+
+
+def _credit_errors(config: Config) -> list[str]:
+    rule, sampler = config.credit.rule, config.sampler
+    if not config.credit.needs_values:
+        return []
+    if config.objective.type != "clipped_ratio":
+        return [
+            f"credit.rule: '{rule}' gives every sampling step its own reward, and objective.type "
+            f"{config.objective.type} trains no sampling steps; use clipped_ratio, or credit.rule terminal"
+        ]
+    trained = sampler.num_steps - 1 if sampler.plan == "full" else sampler.window_size
+    if rule == "turning_point" and trained < 2:
+        return [f"credit.rule: turning_point compares neighbouring steps, and only {trained} is stochastic; use 2 or more"]
+    return []
 
 
 def to_yaml(config: Config) -> str:

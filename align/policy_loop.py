@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from align import credit
 from align.advantages import group_advantages
+from align.collect import Batch, Report, collect, passes, score_values
+from align.credit_stats import value_stats, zero_spread
 from align.errors import UserError
 from align.geometry import local_order
-from align.models.base import Conditioning
 from align.prompts import Prompt, prompt_indices
 from align.run import Run
-from align.scoring import Scores, gather_scores, try_score
+from align.scoring import Scores
 from align.updates import (
-    Batch,
     Pairs,
     check_first_ratio,
     clipped_ratio_pairs,
@@ -29,10 +27,7 @@ from align.updates import (
     training_times,
 )
 from rewards.combine import combine
-from samplers.noise import INITIAL_STREAM, keyed_normal
-from samplers.rollout import rollout, solve
-
-Report = Callable[[str, int, int], None]
+from samplers.plans import Plan
 
 
 class Interrupted(Exception):
@@ -48,15 +43,25 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
     iteration = run.counters.iteration
     prompts = _prompts(run, iteration)
     order = local_order(run.shape, run.accelerator.process_index, run.config.train.seed, iteration)
-    batch = _collect(run, prompts, [i for update in order for i in update], report)
+    batch = collect(
+        run,
+        prompts,
+        [i for update in order for i in update],
+        iteration,
+        run.config.train.seed,
+        report,
+        with_values=run.config.credit.needs_values,
+    )
     sampled = _now(run)
-    scores = _score(run, prompts, batch, report)
+    scores = score_values(run, prompts, batch, run.shape.samples, report)
     scored = _now(run)
     if run.stop_requested():
         raise Interrupted
-    run.counters.nfe += run.shape.samples * run.config.sampler.num_steps * _passes(run)
+    evaluations = run.total(batch.nfe)
+    run.counters.nfe += evaluations
     metrics = {f"reward/{name}": scores.mean(name) for name in run.config.rewards}
-    advantages = _advantages(run, scores, metrics)
+    metrics["sample/nfe_per_image"] = evaluations / run.shape.samples
+    advantages = _advantages(run, batch.plan, scores, metrics)
     if advantages is not None:
         metrics |= _update(run, batch, advantages[batch.samples], [len(u) for u in order], report)
     finished = _now(run)
@@ -84,98 +89,30 @@ def _prompts(run: Run, iteration: int) -> list[Prompt]:
     return [run.train_prompts[i] for i in picked]
 
 
-def _collect(run: Run, prompts: list[Prompt], samples: list[int], report: Report) -> Batch:
-    """Sample this process's images; keeps trajectories only if the objective needs them."""
-    config, model, iteration = run.config.sampler, run.model, run.counters.iteration
-    if run.config.model.encoders == "keep":
-        model.forget_prompts()
-    plan = config.make_plan(run.config.train.seed, iteration)
-    groups = [i // run.config.train.group_size for i in samples]
-    finals, log_probs, conds = [], [], []
-    states: dict[int, list[Tensor]] = defaultdict(list)
-    seed, size = run.config.train.seed, run.config.train.rollout_batch
-    collector = run.old.applied() if run.old is not None else contextlib.nullcontext()
-    with collector:
-        for start in range(0, len(samples), size):
-            ids = samples[start : start + size]
-            owners = groups[start : start + size]
-            cond = model.conditioning([prompts[g].text for g in owners])
-            noise = keyed_normal(
-                model.latent_shape,
-                seed=seed,
-                iteration=iteration,
-                samples=owners if config.shared_noise else ids,
-                step=0,
-                stream=INITIAL_STREAM,
-                device=model.device,
-            )
-            if config.kernel == "ode":
-                finals.append(solve(model.velocity, noise, cond, run.grid, config.solver))
-            else:
-                trajectory = rollout(
-                    model.velocity,
-                    noise,
-                    cond,
-                    run.grid,
-                    plan,
-                    config.kernel,
-                    config.noise_level,
-                    lambda step, ids=ids: keyed_normal(  # type: ignore[misc]
-                        model.latent_shape, seed=seed, iteration=iteration, samples=ids, step=step, device=model.device
-                    ),
-                )
-                finals.append(trajectory.final)
-                log_probs.append(trajectory.log_probs)
-                for k, state in enumerate(trajectory.states):
-                    if state is not None:
-                        states[k].append(state)
-            conds.append(cond)
-            report("sampling", start + len(ids), len(samples))
-    return Batch(
-        iteration=iteration,
-        samples=samples,
-        groups=groups,
-        cond=Conditioning.stack(conds),
-        final=torch.cat(finals),
-        states={k: torch.cat(v) for k, v in states.items()},
-        log_probs=torch.cat(log_probs) if log_probs else torch.zeros(len(samples), 0),
-        plan=plan,
-    )
-
-
-def _passes(run: Run) -> int:
-    return 1 if run.config.sampler.guidance_scale == 1 else 2
-
-
-def _score(run: Run, prompts: list[Prompt], batch: Batch, report: Report) -> Scores:
-    report("scoring", 0, len(batch.samples))
-    images = run.model.decode(batch.final, run.config.train.rollout_batch)
-    rewards = {name: run.rewards[name] for name in run.config.rewards}
-    local = try_score(rewards, images, [prompts[g] for g in batch.groups], batch.groups, batch.iteration)
-    return gather_scores(run.accelerator, local, list(rewards), batch.samples, run.shape.samples)
-
-
-def _advantages(run: Run, scores: Scores, metrics: dict[str, float]) -> Tensor | None:
+def _advantages(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> Tensor | None:
     """Advantages (N, S) of all samples, or None if too many scores are missing to learn from this iteration."""
-    weights = {name: reward.weight for name, reward in run.config.rewards.items()}
-    total, valid = combine(scores.values, scores.valid, weights)
+    config = run.config
+    weights = {name: reward.weight for name, reward in config.rewards.items()}
+    values, valid = combine(scores.values, scores.valid, weights)
     missing = 1 - float(valid.double().mean())
     metrics["reward/invalid_fraction"] = missing
-    if missing > run.config.train.max_invalid_fraction:
+    if missing > config.train.max_invalid_fraction:
         run.counters.invalid_iterations += 1
         run.warn_once("invalid", f"{missing:.0%} of the scores are missing; such iterations are skipped")
         if run.counters.invalid_iterations >= 3:
-            raise UserError(
-                f"three iterations in a row lacked over {run.config.train.max_invalid_fraction:.0%} of their scores"
-            )
+            raise UserError(f"three iterations in a row lacked over {config.train.max_invalid_fraction:.0%} of their scores")
         return None
     run.counters.invalid_iterations = 0
-    groups = torch.arange(run.shape.samples) // run.config.train.group_size
-    columns = max(1, len(run.config.sampler.make_plan(run.config.train.seed, run.counters.iteration).stochastic))
-    step_rewards = credit.terminal(total, columns)
-    advantages, stats = group_advantages(step_rewards, valid, groups, run.config.advantage)
-    metrics |= {"reward/mean": stats["reward_mean"], "reward/std": stats["reward_std"]}
+    final = values[:, -1][valid[:, -1]].double()
+    metrics |= {"reward/mean": float(final.mean()), "reward/std": float(final.std(correction=0))}
+    groups = torch.arange(run.shape.samples) // config.train.group_size
+    step_rewards, credit_stats = credit.step_rewards(values, max(1, len(plan.stochastic)), config.credit, groups)
+    everyone = torch.ones(run.shape.samples, dtype=torch.bool)  # a missing score is NaN in the step rewards that need it
+    advantages, stats = group_advantages(step_rewards, everyone, groups, config.advantage)
     metrics["train/zero_spread_fraction"] = stats["zero_spread_fraction"]
+    if config.credit.needs_values:
+        metrics |= value_stats(values, plan.stochastic, groups) | zero_spread(step_rewards, plan.stochastic, groups)
+        metrics |= credit_stats
     if stats["zero_spread_fraction"] > 0.8:
         run.warn_once(
             "spread",
@@ -192,7 +129,7 @@ def _update(run: Run, batch: Batch, advantages: Tensor, sizes: list[int], report
     if run.behaviour is not None:
         run.behaviour.update()
     sums: dict[str, float] = defaultdict(float)
-    first, norms = 0, []
+    first, norms, guided = 0, [], passes(run.config.sampler.guidance_scale)
     for number, size in enumerate(sizes):
         rows = range(first, first + size)
         first += size
@@ -208,7 +145,7 @@ def _update(run: Run, batch: Batch, advantages: Tensor, sizes: list[int], report
             _add_up(sums, loss, info, pairs)
             done += len(pairs.rows)
             cost = forwards + 2 + run.config.model.gradient_checkpointing
-            run.counters.nfe += len(pairs.rows) * cost * _passes(run) * run.shape.processes
+            run.counters.nfe += len(pairs.rows) * cost * guided * run.shape.processes
             report("training", number * total + done, total * len(sizes))
         if run.counters.updates == 0 and not forward_process:
             check_first_ratio(run, sums["worst_ratio"])

@@ -72,11 +72,17 @@ class Run:
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     grid: Tensor
+    kernel: str
+    """Kernel of the stochastic steps: the configured one, or psi_sde where a calibrated table is in force."""
+    noise_levels: Tensor
+    """(T,) float64, the kernel's noise level at each step."""
     shape: Geometry
     counters: Counters = field(default_factory=Counters)
     tracker: Tracker | None = None
     interrupted: bool = False
     warned: set[str] = field(default_factory=set)
+    rows_that_fit: int | None = None
+    """Rows of one network call without gradient, once measured (`completions.chunk: auto`)."""
 
     @property
     def main(self) -> bool:
@@ -88,6 +94,11 @@ class Run:
         if key not in self.warned and self.main:
             self.console.print(f"[yellow]warning:[/yellow] {text}")
         self.warned.add(key)
+
+    def total(self, count: int) -> int:
+        """Sum of a count over all processes."""
+        counts = torch.tensor(count, dtype=torch.int64, device=self.accelerator.device)
+        return int(self.accelerator.reduce(counts, reduction="sum"))
 
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop (all processes agree)."""
@@ -214,6 +225,8 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
         train_prompts=train_prompts,
         eval_prompts=eval_prompts,
         grid=grid,
+        kernel=config.sampler.kernel,
+        noise_levels=torch.full((config.sampler.num_steps,), config.sampler.noise_level, dtype=torch.float64),
         shape=shape,
     )
     if folder is not None:

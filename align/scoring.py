@@ -16,14 +16,18 @@ from rewards.base import Reward, RewardBatch, RewardError, checked_score
 
 @dataclass
 class Scores:
-    """Raw scores (total,) float32 and validity (total,) bool per reward, identical on every process."""
+    """Raw scores (total, ...) float32 and validity, bool, per reward, identical on every process.
+
+    One score a sample, (total,), or one per sample and state, (total, C) with the final image's last.
+    """
 
     values: dict[str, Tensor]
     valid: dict[str, Tensor]
 
     def mean(self, name: str) -> float:
-        """Mean over the valid scores of a reward; NaN if there is none."""
-        return float(self.values[name][self.valid[name]].double().mean())
+        """Mean over the valid scores of the final images; NaN if there is none."""
+        values, valid = (x[name] if x[name].ndim == 1 else x[name][:, -1] for x in (self.values, self.valid))
+        return float(values[valid].double().mean())
 
 
 def score_local(
@@ -51,22 +55,23 @@ def gather_scores(
     names: Sequence[str],
     index: Sequence[int],
     total: int,
+    shape: tuple[int, ...] = (),
 ) -> Scores:
     """One collective: place each process's scores at its global sample indices.
 
-    `local` may be the error this process met: it travels with the scores, so that all processes stop together
-    (UserError) instead of waiting for each other.
+    `local` has (n, ...) scores, NaN where missing, or is the error this process met: it travels with the scores, so that
+    all processes stop together (UserError) instead of waiting for each other. shape: dimensions after the first.
     """
-    table = torch.zeros(2 * len(names) + 1, total, dtype=torch.float64)
+    table = torch.zeros(2 * len(names) + 1, total, *shape, dtype=torch.float64)
     if isinstance(local, RewardError):
-        table[-1, 0] = 1.0
+        table[-1] = 1.0
     else:
         for row, name in enumerate(names):
             valid = ~local[name].isnan()
             table[2 * row, index] = local[name].nan_to_num(0.0).double()
             table[2 * row + 1, index] = valid.double()
     table = accelerator.reduce(table.to(accelerator.device, _reduce_dtype(accelerator)), reduction="sum").cpu()
-    if table[-1, 0] > 0:
+    if bool((table[-1] > 0).any()):
         raise UserError(str(local) if isinstance(local, RewardError) else "a reward failed on another process")
     values = {name: table[2 * row].float() for row, name in enumerate(names)}
     known = {name: table[2 * row + 1] > 0 for row, name in enumerate(names)}

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torchvision.transforms.functional import pil_to_tensor
 
+from align.calibrate import apply_psi
 from align.checkpoint import export_adapter
 from align.config import Config, load_config, to_yaml
 from align.errors import UserError
@@ -97,6 +98,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     console = run.console  # silent on all processes but one
     console.print(geometry_table(config, run.shape))
     base = _evaluate_base(run)
+    apply_psi(run)
     with _progress(console) as bar:
         task = bar.add_task("iteration", total=config.train.iterations, completed=run.counters.iteration, stage="")
         while run.counters.iteration < config.train.iterations:

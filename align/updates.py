@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from align.collect import Batch
 from align.errors import UserError
-from align.models.base import Conditioning
 from align.objectives import (
     clipped_ratio_loss,
     draw_times,
@@ -20,30 +20,10 @@ from align.objectives import (
 from align.run import Run
 from samplers.kernels import KERNEL_LOG_PROB, Transition, log_prob, noise_interval, transition_kl, velocity_mse
 from samplers.noise import keyed_normal
-from samplers.plans import Plan
 from samplers.rollout import predict_transition
 
 FORWARD_STREAM = 0x666F7277
 FIRST_RATIO_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 1e-2}
-
-
-@dataclass
-class Batch:
-    """One process's samples of an iteration, in the order of its updates. n samples, T steps, S stochastic ones."""
-
-    iteration: int
-    samples: list[int]
-    """Global indices of the n samples."""
-    groups: list[int]
-    """Group of each sample: position of its prompt within the iteration."""
-    cond: Conditioning
-    final: Tensor
-    """(n, C, h, w) float32 final latents."""
-    states: dict[int, Tensor]
-    """step -> (n, C, h, w) stored states around stochastic steps; empty where no trajectory is needed."""
-    log_probs: Tensor
-    """(n, S) float32."""
-    plan: Plan
 
 
 @dataclass
@@ -68,14 +48,15 @@ def clipped_ratio_pairs(
 
     advantages: (n, S); lagging: whether the weights that sampled differ from the live ones.
     """
-    config, sampler = run.config.objective, run.config.sampler
+    config = run.config.objective
     steps = torch.tensor(batch.plan.stochastic)[pairs.columns]
     x = torch.stack([batch.states[int(k)][int(j)] for j, k in zip(pairs.rows, steps, strict=True)])
     x_next = torch.stack([batch.states[int(k) + 1][int(j)] for j, k in zip(pairs.rows, steps, strict=True)])
     t, t_next = run.grid[steps], run.grid[steps + 1]
+    levels = run.noise_levels[steps]
 
     def predict() -> tuple[Transition, Tensor]:
-        return predict_transition(run.model.velocity, x, cond, t, t_next, sampler.kernel, sampler.noise_level)
+        return predict_transition(run.model.velocity, x, cond, t, t_next, run.kernel, levels)
 
     cond = batch.cond.take(pairs.rows)
     forwards, mean_old, reference = 1, None, None
@@ -90,7 +71,7 @@ def clipped_ratio_pairs(
             forwards += 1
     step, v = predict()
     old = batch.log_probs[pairs.rows, pairs.columns].to(x.device)
-    score = log_prob(x_next, step.mean, step.std, KERNEL_LOG_PROB[sampler.kernel])
+    score = log_prob(x_next, step.mean, step.std, KERNEL_LOG_PROB[run.kernel])
     if config.ratio_repair == "guard":
         score = guard_log_ratio(x_next, step.mean, step.mean.detach() if mean_old is None else mean_old, step.std)
         old = torch.zeros_like(old)
@@ -100,7 +81,7 @@ def clipped_ratio_pairs(
         if config.kl_form == "velocity_mse":
             penalty = velocity_mse(v, reference[1])
         else:
-            interval = noise_interval(sampler.kernel, t, t_next)
+            interval = noise_interval(run.kernel, t, t_next)
             penalty = transition_kl(step.mean, reference[0].mean, step.std, config.kl_form, interval)
         loss = loss + config.kl_beta * penalty
         info["kl"] = penalty.detach()

@@ -9,10 +9,10 @@ from itertools import pairwise
 
 from samplers.grids import GRID_KINDS
 from samplers.kernels import KERNELS
-from samplers.plans import Plan, draw_window, full_plan, window_errors
+from samplers.plans import Plan, draw_window, full_plan, sliding_window, window_errors
 from samplers.rollout import SOLVERS
 
-PLAN_KINDS = ("full", "window")
+PLAN_KINDS = ("full", "window", "sliding")
 
 
 @dataclass
@@ -32,11 +32,19 @@ class SamplerConfig:
     custom_grid: list[float] | None = None
     """The num_steps + 1 times of the custom grid, falling from at most 1 to 0."""
     plan: str = "full"
-    """Stochastic steps: full (all but the last) or window (a random window, drawn anew each iteration)."""
+    """Stochastic steps: full (all but the last), window (drawn anew each iteration) or sliding (moves on with time)."""
     window_size: int = 3
-    """Number of stochastic steps in the window."""
+    """Number of stochastic steps in the window (MixGRPO: 4 of 25)."""
     window_range: list[int] | None = None
-    """First and one-past-last step the window may cover; default [0, num_steps // 2], or one window if longer."""
+    """First and one-past-last step the window may cover; a range of window_size fixes it. Default [0, num_steps // 2],
+    or one window if longer; sliding: all steps but the last."""
+    window_every: int = 25
+    """Iterations between two moves of the sliding window (MixGRPO, arXiv 2507.21802)."""
+    window_stride: int = 1
+    """Steps by which the sliding window moves; after the last place it starts again at the first."""
+    psi: str | None = None
+    """Noise level per step, measured instead of given: auto (calibrate before training, or take the cached table) or
+    the file of a table that `align calibrate` wrote. Only with kernel flow_sde, whose noise_level it replaces."""
     solver: str = "euler"
     """Solver where only final images are needed: euler or dpm2m (second order, same cost)."""
     guidance_scale: float = 1.0
@@ -48,6 +56,8 @@ class SamplerConfig:
         """The window's range [lo, hi) with the default filled in."""
         if self.window_range is not None:
             return self.window_range[0], self.window_range[1]
+        if self.plan == "sliding":
+            return 0, self.num_steps - 1
         return 0, max(self.num_steps // 2, self.window_size)
 
     def make_plan(self, seed: int, iteration: int) -> Plan:
@@ -56,12 +66,15 @@ class SamplerConfig:
             return Plan(self.num_steps, ())
         if self.plan == "full":
             return full_plan(self.num_steps)
+        if self.plan == "sliding":
+            moves = (self.window_every, self.window_stride, iteration)
+            return sliding_window(self.num_steps, self.window_size, *self.window_bounds(), *moves)
         return draw_window(self.num_steps, self.window_size, *self.window_bounds(), seed=seed, iteration=iteration)
 
     def validate(self) -> list[str]:
         """Every error, one line each, naming the field; an empty list if the settings can work."""
         errors = [
-            *_choice("kernel", self.kernel, KERNELS),
+            *_choice("kernel", self.kernel, [k for k in KERNELS if k != "psi_sde"]),
             *_choice("grid", self.grid, GRID_KINDS),
             *_choice("plan", self.plan, PLAN_KINDS),
             *_choice("solver", self.solver, SOLVERS),
@@ -70,6 +83,8 @@ class SamplerConfig:
             errors.append(f"noise_level must be positive with kernel {self.kernel}, got {self.noise_level}; or use ode")
         if self.kernel == "cps" and self.noise_level > 1:
             errors.append(f"noise_level must be at most 1 with kernel cps (1 renews all noise), got {self.noise_level}")
+        if self.psi is not None and self.kernel != "flow_sde":
+            errors.append(f"psi sets the noise of kernel flow_sde, got {self.kernel}; remove psi or use flow_sde")
         least = 1 if self.kernel == "ode" else 2
         if self.num_steps < least:
             errors.append(f"num_steps must be at least {least} with kernel {self.kernel}, got {self.num_steps}")
@@ -89,8 +104,10 @@ class SamplerConfig:
         return [] if falling and 0 < times[0] <= 1 and times[-1] == 0 else ["custom_grid must fall from at most 1 to 0"]
 
     def _window_errors(self) -> list[str]:
-        if self.plan != "window" or self.kernel == "ode":
+        if self.plan not in ("window", "sliding") or self.kernel == "ode":
             return []
+        if self.plan == "sliding" and min(self.window_every, self.window_stride) < 1:
+            return [f"window_every and window_stride must be >= 1, got {self.window_every} and {self.window_stride}"]
         if self.window_range is not None and len(self.window_range) != 2:
             return [f"window_range needs 2 numbers, first and one-past-last step, got {self.window_range}"]
         return window_errors(self.num_steps, self.window_size, *self.window_bounds())

@@ -45,13 +45,19 @@ def flow_sde(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: Noise
     return _sde_step(x, v, t, t_next, a * torch.sqrt(t / data_weight))
 
 
-def dance_sde(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: NoiseLevel) -> Transition:
-    """Reverse SDE with constant diffusion `sigma = eta >= 0` (DanceGRPO, arXiv 2505.07818).
+def psi_sde(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: NoiseLevel) -> Transition:
+    """Reverse SDE whose noise level is the diffusion `sigma >= 0` itself, one per step (DenseGRPO, arXiv 2601.20218).
 
-    Never sample the last step with it: the drift divides by t and blows up the noise left by the step before.
+    The step is `x - h v - sigma^2 h / (2 t) noise`, std = sigma sqrt(h). Never sample the last step with it: the drift
+    divides by t and blows up the noise left by the step before.
     """
-    t, t_next, eta = _prepare(x, v, t, t_next, noise_level)
-    return _sde_step(x, v, t, t_next, eta)
+    t, t_next, sigma = _prepare(x, v, t, t_next, noise_level)
+    return _sde_step(x, v, t, t_next, sigma)
+
+
+def dance_sde(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: NoiseLevel) -> Transition:
+    """Reverse SDE with constant diffusion `sigma = eta >= 0` (DanceGRPO, arXiv 2505.07818): `psi_sde` of one level."""
+    return psi_sde(x, v, t, t_next, noise_level)
 
 
 def cps(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: NoiseLevel) -> Transition:
@@ -68,11 +74,22 @@ def cps(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: NoiseLevel
     return Transition(mean, (t_next * torch.sin(a * (math.pi / 2))).float())
 
 
-KERNELS: dict[str, Kernel] = {"ode": ode, "flow_sde": flow_sde, "dance_sde": dance_sde, "cps": cps}
+KERNELS: dict[str, Kernel] = {
+    "ode": ode,
+    "flow_sde": flow_sde,
+    "dance_sde": dance_sde,
+    "psi_sde": psi_sde,
+    "cps": cps,
+}
 
 LOG_PROB_FORMS = ("gaussian", "mse")
 # Which log-prob a method's published clip range goes with; a deterministic kernel has none.
-KERNEL_LOG_PROB: dict[str, str] = {"flow_sde": "gaussian", "dance_sde": "gaussian", "cps": "mse"}
+KERNEL_LOG_PROB: dict[str, str] = {
+    "flow_sde": "gaussian",
+    "dance_sde": "gaussian",
+    "psi_sde": "gaussian",
+    "cps": "mse",
+}
 
 
 def log_prob(sample: Tensor, mean: Tensor, std: Tensor, form: str = "gaussian") -> Tensor:

@@ -56,6 +56,18 @@ def draw_window(num_steps: int, size: int, lo: int, hi: int, seed: int, iteratio
     return window_plan(num_steps, int(generator.integers(lo, hi - size + 1)), size)
 
 
+def sliding_window(num_steps: int, size: int, lo: int, hi: int, every: int, stride: int, iteration: int) -> Plan:
+    """Window of `size` steps inside [lo, hi) that moves by `stride` every `every` iterations (MixGRPO, arXiv 2507.21802).
+
+    It starts at lo, and again after its last whole place. Raises ValueError as `draw_window`.
+    """
+    errors = window_errors(num_steps, size, lo, hi)
+    if errors or every < 1 or stride < 1:
+        raise ValueError("; ".join(errors) or f"every and stride must be at least 1, got {every} and {stride}")
+    places = (hi - size - lo) // stride + 1
+    return window_plan(num_steps, lo + stride * ((iteration // every) % places), size)
+
+
 def window_errors(num_steps: int, size: int, lo: int, hi: int) -> list[str]:
     """What is wrong with a window range, one line each; an empty list if nothing is."""
     errors = []

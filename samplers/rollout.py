@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samplers.completions import CompletionPlan, Wavefront
 from samplers.kernels import KERNEL_LOG_PROB, KERNELS, NoiseLevel, Transition, log_prob, ode
 from samplers.plans import Plan
 
@@ -29,14 +30,18 @@ class Trajectory:
     states: T+1 tensors (B, ...) in the stored dtype, None where no stochastic step starts or ends; the last one, the
     sample, is always there.
     log_probs: (B, S) float32, columns in the order of `plan.stochastic`. grid: (T+1,) float32.
-    nfe: velocity evaluations per image (guidance that runs the network twice counts once here).
+    completions: S clean samples (B, ...), from the state before each stochastic step; empty if none were asked for.
+    nfe: velocity evaluations, summed over images and completions (guidance that runs the network twice counts once here).
+    calls: batched velocity calls, one after the other, if `chunk` never splits one.
     """
 
     states: list[Tensor | None]
     log_probs: Tensor
     grid: Tensor
     plan: Plan
+    completions: list[Tensor]
     nfe: int
+    calls: int
 
     @property
     def final(self) -> Tensor:
@@ -63,28 +68,37 @@ def rollout(
     grid: Tensor,
     plan: Plan,
     kernel: str,
-    noise_level: float,
+    noise_level: NoiseLevel,
     noise: Callable[[int], Tensor],
     store_dtype: torch.dtype = torch.float32,
     log_prob_form: str | None = None,
+    completions: CompletionPlan | None = None,
+    chunk: int | None = None,
 ) -> Trajectory:
     """Sample from the initial noise x0 (B, ...): `kernel` at the plan's stochastic steps, Euler at the others.
 
-    grid is (T+1,) float32, `noise(k)` gives step k's standard normal noise (B, ...). Every state is rounded to
-    `store_dtype` before it is scored or fed on, so scoring the stored states again gives the same log-probs.
-    `log_prob_form` defaults to the kernel's own. Raises ValueError if grid, plan and kernel do not fit together.
+    grid is (T+1,) float32, noise_level a number or one per step (T,), `noise(k)` gives step k's standard normal noise
+    (B, ...). Every state is rounded to `store_dtype` before it is scored or fed on, so scoring the stored states again
+    gives the same log-probs. `log_prob_form` defaults to the kernel's own.
+    completions: also finish the state before each stochastic step deterministically; then `cond` needs a method
+    `take(rows)`. chunk: most rows in one velocity call (all at once if None).
+    Raises ValueError if grid, plan and kernel do not fit together.
     """
     _check(grid, plan, kernel)
     form = log_prob_form or KERNEL_LOG_PROB.get(kernel, "gaussian")
+    levels = torch.as_tensor(noise_level, dtype=torch.float64).cpu().expand(plan.num_steps)
     stochastic = set(plan.stochastic)
     kept = stochastic | {k + 1 for k in stochastic} | {plan.num_steps}
     grid = grid.to(x0.device)
     x = x0.to(store_dtype)
+    front = None if completions is None else Wavefront(plan, completions, grid, x.shape[0], store_dtype)
+    evaluator = _Evaluator(velocity, completions, cond, chunk)
     states: list[Tensor | None] = [x if 0 in kept else None]
     log_probs: list[Tensor] = []
     for k in range(plan.num_steps):
+        v = evaluator(x, k, grid, front)
         t, t_next = grid[k].expand(x.shape[0]), grid[k + 1].expand(x.shape[0])
-        step, _ = predict_transition(velocity, x, cond, t, t_next, kernel if k in stochastic else "ode", noise_level)
+        step = KERNELS[kernel if k in stochastic else "ode"](x.float(), v, t, t_next, levels[k])
         if k in stochastic:
             x = _add_noise(step, noise(k)).to(store_dtype)
             log_probs.append(log_prob(x, step.mean, step.std, form))
@@ -92,7 +106,47 @@ def rollout(
             x = step.mean.to(store_dtype)
         states.append(x if k + 1 in kept else None)
     scores = torch.stack(log_probs, dim=1) if log_probs else torch.zeros(x.shape[0], 0, device=x.device)
-    return Trajectory(states, scores, grid, plan, nfe=plan.num_steps)
+    clean = front.finished() if front is not None else []
+    return Trajectory(states, scores, grid, plan, clean, evaluator.nfe, evaluator.calls)
+
+
+class _Evaluator:
+    """Velocity calls of one rollout, counted: the live states, and with them every completion that waits at this time."""
+
+    def __init__(self, velocity: Velocity, completions: CompletionPlan | None, cond: Any, chunk: int | None) -> None:
+        self.velocity, self.cond, self.chunk = velocity, cond, chunk
+        self.other: Velocity | None = completions.velocity if completions is not None else None
+        self.nfe = self.calls = 0
+
+    def __call__(self, x: Tensor, k: int, grid: Tensor, front: Wavefront | None) -> Tensor:
+        """Velocity (B, ...) float32 of the live states x at step k; the completions make their step on the way."""
+        rows = torch.arange(x.shape[0])
+        if front is None:
+            return self._evaluate(self.velocity, [(x, rows)], grid[k])[0]
+        if self.other is None:
+            due = front.due(k)
+            v, *others = self._evaluate(self.velocity, [(x, rows), *front.pending(due)], grid[k])
+            front.advance(k, dict(zip(due, others, strict=True)))
+            front.start(k, x, v)
+            return v
+        front.start(k, x, None)
+        due = front.due(k)
+        if due:
+            others = self._evaluate(self.other, front.pending(due), grid[k])
+            front.advance(k, dict(zip(due, others, strict=True)))
+        return self._evaluate(self.velocity, [(x, rows)], grid[k])[0]
+
+    def _evaluate(self, velocity: Velocity, parts: list[tuple[Tensor, Tensor]], t: Tensor) -> list[Tensor]:
+        x, rows = torch.cat([p[0] for p in parts]).float(), torch.cat([p[1] for p in parts])
+        size = self.chunk or len(rows)
+        pieces = []
+        for chunk, owners in zip(x.split(size), rows.split(size), strict=True):
+            whole = len(parts) == 1 and len(owners) == len(rows) and self.other is None
+            cond = self.cond if whole else self.cond.take(owners)
+            pieces.append(velocity(chunk, t.expand(len(chunk)), cond).float())
+        self.nfe += len(rows)
+        self.calls += 1
+        return list(torch.cat(pieces).split([len(p[0]) for p in parts]))
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from align.collect import collect
 from align.config import load_config
 from align.errors import UserError
-from align.policy_loop import _collect, _prompts, run_iteration
+from align.policy_loop import _prompts, run_iteration
 from align.run import Run, start
 from align.updates import clipped_ratio_pairs, micro_batches
 from rewards.base import Reward, RewardBatch, RewardOutput
@@ -41,7 +42,7 @@ def test_first_ratio_is_one(begin, kernel, guidance):
     """Rollouts of three images, training batches of seven pairs of different times: only rounding may differ."""
     run = begin(kernel, guidance)
     samples = [5, 2, 7, 0, 3]
-    batch = _collect(run, _prompts(run, 0), samples, lambda *_: None)
+    batch = collect(run, _prompts(run, 0), samples, 0, 0, lambda *_: None)
     columns = len(batch.plan.stochastic)
     assert columns == 4
     advantages = torch.ones(len(samples), columns)
@@ -61,10 +62,11 @@ class Meddling(Reward):
     name = "meddling"
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
-        self.parameters = parameters
+        self.parameters, self.calls = parameters, 0
 
     def score(self, batch: RewardBatch) -> RewardOutput:
-        for parameter in self.parameters:
+        self.calls += 1
+        for parameter in self.parameters if self.calls == 1 else []:
             parameter.data += 0.05
         return RewardOutput(batch.images.mean(dim=(1, 2, 3)))
 

@@ -118,7 +118,7 @@ def test_states_are_kept_only_where_a_stochastic_step_starts_or_ends_and_at_the_
     trajectory = rollout(curved_velocity, x0, cond, SD3_10, window_plan(10, 3, 2), "cps", 0.7, noise)
     assert [k for k, x in enumerate(trajectory.states) if x is not None] == [3, 4, 5, 10]
     assert trajectory.log_probs.shape == (5, 2)
-    assert trajectory.nfe == 10
+    assert (trajectory.nfe, trajectory.calls) == (5 * 10, 10)
     full = rollout(curved_velocity, x0, cond, SD3_10, full_plan(10), "cps", 0.7, noise)
     assert all(x is not None for x in full.states)
     assert torch.equal(full.states[0], x0)

@@ -1,0 +1,223 @@
+"""What one iteration learns from: sampled images, their trajectories and completions, and the scores of all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.models.base import Conditioning
+from align.prompts import Prompt
+from align.run import Run
+from align.scoring import Scores, gather_scores, try_score
+from rewards.base import RewardError
+from samplers.completions import CompletionPlan
+from samplers.noise import INITIAL_STREAM, keyed_normal
+from samplers.plans import Plan
+from samplers.rollout import Trajectory, Velocity, rollout, solve
+
+Report = Callable[[str, int, int], None]
+CPU_CHUNK = 128
+
+
+@dataclass
+class Batch:
+    """One process's samples of an iteration, in the order of its updates. n samples, T steps, S stochastic ones."""
+
+    iteration: int
+    samples: list[int]
+    """Global indices of the n samples."""
+    groups: list[int]
+    """Group of each sample: position of its prompt within the iteration."""
+    cond: Conditioning
+    final: Tensor
+    """(n, C, h, w) float32 final latents."""
+    states: dict[int, Tensor]
+    """step -> (n, C, h, w) stored states around stochastic steps; empty where no trajectory is needed."""
+    log_probs: Tensor
+    """(n, S) float32."""
+    plan: Plan
+    completions: list[Tensor]
+    """S tensors (n, C, h, w): clean latents from the state before each stochastic step; empty without values."""
+    nfe: int
+    """Network evaluations of these samples, guidance and completions included."""
+
+
+def collect(
+    run: Run,
+    prompts: Sequence[Prompt],
+    samples: list[int],
+    iteration: int,
+    seed: int,
+    report: Report,
+    with_values: bool = False,
+    plan: Plan | None = None,
+) -> Batch:
+    """Sample this process's images; keeps trajectories and completions only if they are needed.
+
+    samples: global indices; sample i belongs to group i // group_size, whose prompt is prompts[group]. Noise is named by
+    (seed, iteration, sample, step). plan: the configured one of this iteration if None.
+    """
+    config, model = run.config, run.model
+    if config.model.encoders == "keep":
+        model.forget_prompts()
+    plan = plan or config.sampler.make_plan(config.train.seed, iteration)
+    groups = [i // config.train.group_size for i in samples]
+    size = config.train.rollout_batch
+    parts: list[Trajectory] = []
+    finals, conds, nfe = [], [], 0
+    with run.old.applied() if run.old is not None else contextlib.nullcontext():
+        for start in range(0, len(samples), size):
+            ids, owners = samples[start : start + size], groups[start : start + size]
+            cond = model.conditioning([prompts[g].text for g in owners])
+            noise = keyed_normal(
+                model.latent_shape,
+                seed=seed,
+                iteration=iteration,
+                samples=owners if config.sampler.shared_noise else ids,
+                step=0,
+                stream=INITIAL_STREAM,
+                device=model.device,
+            )
+            if config.sampler.kernel == "ode":
+                finals.append(solve(model.velocity, noise, cond, run.grid, config.sampler.solver))
+                nfe += len(ids) * config.sampler.num_steps * passes(config.sampler.guidance_scale)
+            else:
+                part = _trajectory(run, noise, cond, plan, ids, owners, iteration, seed, with_values)
+                parts.append(part)
+                finals.append(part.final)
+                nfe += _evaluations(run, part, len(ids))
+            conds.append(cond)
+            report("sampling", start + len(ids), len(samples))
+    states: dict[int, list[Tensor]] = defaultdict(list)
+    for part in parts:
+        for k, state in enumerate(part.states):
+            if state is not None:
+                states[k].append(state)
+    return Batch(
+        iteration=iteration,
+        samples=samples,
+        groups=groups,
+        cond=Conditioning.stack(conds),
+        final=torch.cat(finals),
+        states={k: torch.cat(v) for k, v in states.items()},
+        log_probs=torch.cat([p.log_probs for p in parts]) if parts else torch.zeros(len(samples), 0),
+        plan=plan,
+        completions=[torch.cat(column) for column in zip(*(p.completions for p in parts), strict=True)],
+        nfe=nfe,
+    )
+
+
+def _trajectory(
+    run: Run,
+    noise: Tensor,
+    cond: Conditioning,
+    plan: Plan,
+    ids: list[int],
+    owners: list[int],
+    iteration: int,
+    seed: int,
+    with_values: bool,
+) -> Trajectory:
+    settings, completions = run.config.completions, None
+    if with_values:
+        completions = CompletionPlan(
+            ode_steps=settings.ode_steps,
+            velocity=_guided(run, settings.guidance_scale),
+            same_start=owners if run.config.sampler.shared_noise else None,
+        )
+        if settings.chunk == "auto" and run.rows_that_fit is None:
+            run.rows_that_fit = _rows_that_fit(run, noise, cond)
+    return rollout(
+        run.model.velocity,
+        noise,
+        cond,
+        run.grid,
+        plan,
+        run.kernel,
+        run.noise_levels,
+        lambda step: keyed_normal(
+            run.model.latent_shape, seed=seed, iteration=iteration, samples=ids, step=step, device=run.model.device
+        ),
+        completions=completions,
+        chunk=(run.rows_that_fit if settings.chunk == "auto" else settings.chunk) if with_values else None,
+    )
+
+
+def passes(guidance_scale: float) -> int:
+    """Network evaluations of one velocity: guidance runs the network twice."""
+    return 1 if guidance_scale == 1 else 2
+
+
+def _evaluations(run: Run, part: Trajectory, images: int) -> int:
+    own = run.config.sampler.guidance_scale
+    other = own if run.config.completions.guidance_scale is None else run.config.completions.guidance_scale
+    live = images * part.plan.num_steps
+    return live * passes(own) + (part.nfe - live) * passes(other)
+
+
+def _guided(run: Run, scale: float | None) -> Velocity | None:
+    """The model's velocity with another guidance, or None if it is the sampler's own and can be reused."""
+    model = run.model
+    if scale is None or scale == run.config.sampler.guidance_scale:
+        return None
+
+    def velocity(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        before, model.guidance_scale = model.guidance_scale, scale
+        try:
+            return model.velocity(x, t, cond)
+        finally:
+            model.guidance_scale = before
+
+    return velocity
+
+
+@torch.no_grad()
+def _rows_that_fit(run: Run, x: Tensor, cond: Conditioning) -> int:
+    """Rows of one velocity call: what 70 % of the free GPU memory holds, measured on a small call; CPU_CHUNK on a CPU."""
+    if x.device.type != "cuda":
+        return CPU_CHUNK
+    few = min(4, len(x))
+    rows = torch.arange(few)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run.model.velocity(x[:few], run.grid[0].expand(few), cond.take(rows))
+    torch.cuda.synchronize()
+    per_row = max(1, (torch.cuda.max_memory_allocated() - before) // few)
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, int(0.7 * free / per_row))
+
+
+def score_values(run: Run, prompts: Sequence[Prompt], batch: Batch, total: int, report: Report) -> Scores:
+    """Scores (total, C) of every process's samples: the S completions, if there are any, then the final image.
+
+    Images are decoded and scored `rollout_batch` at a time and not kept; rewards that compare a group see whole columns.
+    """
+    rewards = {name: run.rewards[name] for name in run.config.rewards}
+    pointwise = all(reward.kind != "groupwise" for reward in rewards.values())
+    count = len(batch.samples)
+    size = run.config.train.rollout_batch if pointwise else count
+    columns = [*batch.completions, batch.final]
+    table = {name: torch.full((count, len(columns)), float("nan")) for name in rewards}
+    report("scoring", 0, count * len(columns))
+    failure: RewardError | None = None
+    for c, latents in enumerate(columns):
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            images = run.model.decode(latents[rows], run.config.train.rollout_batch)
+            owners = batch.groups[rows]
+            found = try_score(rewards, images, [prompts[g] for g in owners], owners, batch.iteration)
+            if isinstance(found, RewardError):
+                failure = found
+                break
+            for name, scores in found.items():
+                table[name][rows, c] = scores
+            report("scoring", c * count + min(start + size, count), count * len(columns))
+        if failure is not None:
+            break
+    return gather_scores(run.accelerator, failure or table, list(rewards), batch.samples, total, (len(columns),))
