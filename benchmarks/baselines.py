@@ -10,29 +10,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from align.run import environment
-from align.runfolder import metric_rows
-from align.tracking import write_json
+import curves
+from curves import ROOT, place
 
-ROOT = Path(__file__).parent.parent
+from align.run import environment
+
 RESULTS = ROOT / "benchmarks" / "results" / "baselines.json"
 FIGURE = ROOT / "docs" / "assets" / "baselines.png"
 CONFIGS = {"nft": "configs/demo.yaml", "flow_grpo": "configs/playground/flow_grpo.yaml"}
 PAGES = {"nft": "docs/methods/nft.md", "flow_grpo": "docs/methods/flow-grpo.md"}
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+COLOURS = {"nft": "#1f6feb", "flow_grpo": "#d1611f"}
 
 
-def load() -> dict[str, Any]:
-    """The result file, or an empty one."""
-    if RESULTS.is_file():
-        return dict(json.loads(RESULTS.read_text()))
+def empty() -> dict[str, Any]:
+    """A result file without a run."""
     return {
         "command": "python benchmarks/baselines.py run --seeds 0 1 2",
         "config": CONFIGS,
@@ -42,70 +37,30 @@ def load() -> dict[str, Any]:
     }
 
 
+def load() -> dict[str, Any]:
+    """The result file, or an empty one."""
+    return curves.load(RESULTS, empty)
+
+
 def run(methods: list[str], seeds: list[int], scratch: Path) -> None:
     """Every (seed, method) that the result file does not have yet, one after the other."""
     for seed in seeds:
         for method in methods:
             if any(r["method"] == method and r["seed"] == seed for r in load()["rows"]):
                 continue
-            name = f"{method}-{seed}"
-            command = [sys.executable, "-m", "align.train", CONFIGS[method], f"name={name}", f"train.seed={seed}"]
-            subprocess.run(
-                [*command, f"output_dir={scratch}"], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-            add(method, seed, scratch / name)
+            curves.train(CONFIGS[method], [], f"{method}-{seed}", seed, scratch)
+            add(method, seed, scratch / f"{method}-{seed}")
 
 
 def add(method: str, seed: int, folder: Path) -> None:
     """Append one finished run: its curve, and base, final score and paired gain on all held-out prompts."""
-    summary = json.loads((folder / "summary.json").read_text())
-    rows = [
-        {
-            "method": method,
-            "seed": seed,
-            "kind": "curve",
-            "metric": "verifier",
-            "iteration": row["iteration"],
-            "mean": row["eval/verifier"],
-            "ci95": row["eval/verifier_ci95"],
-            "n": 128,
-            "nfe": row["nfe"],
-            "seconds": round(row["seconds"], 1),
-        }
-        for row in metric_rows(folder / "metrics.jsonl")[0]
-        if row["kind"] == "eval"
-    ]
-    scores = {
-        k: json.loads((folder / "eval" / f"{k}.json").read_text())["scores"]["verifier"] for k in ("base", "tuned")
-    }
-    rows.append(
-        {
-            "method": method,
-            "seed": seed,
-            "kind": "final",
-            "metric": "verifier",
-            "iteration": summary["iterations"],
-            "base": summary["base"]["verifier"],
-            "mean": summary["tuned"]["verifier"],
-            "gain": summary["tuned"]["verifier"] - summary["base"]["verifier"],
-            "gain_ci95": summary["delta_ci95"]["verifier"],
-            "full_base": statistics.mean(s == 1 for s in scores["base"]),
-            "full": statistics.mean(s == 1 for s in scores["tuned"]),
-            "n": len(scores["tuned"]),
-            "nfe": summary["nfe"],
-            "seconds": round(summary["seconds"], 1),
-        }
-    )
-    result = load()
-    result["rows"] += rows
-    result["seeds"] = sorted({r["seed"] for r in result["rows"]})
-    write_json(RESULTS, result)
+    curves.append(RESULTS, curves.run_rows(method, seed, folder), empty)
 
 
 def show() -> None:
     """Figure in docs/assets and a table in each method's page."""
     rows = load()["rows"]
-    draw(rows)
+    curves.draw(rows, COLOURS, FIGURE)
     for method, page in PAGES.items():
         finals = [r for r in rows if r["kind"] == "final" and r["method"] == method]
         if finals:
@@ -180,44 +135,6 @@ def table(finals: list[dict[str, Any]]) -> str:
         f"\nMean gain over {len(gains)} seeds: {statistics.mean(gains):+.3f} (standard deviation {spread:.3f})."
     )
     return "\n".join(lines)
-
-
-def place(page: Path, text: str) -> None:
-    """Put `text` between the page's result marks."""
-    head, _, rest = page.read_text().partition(BEGIN)
-    tail = rest.partition(END)[2] if END in rest else rest
-    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
-
-
-def draw(rows: list[dict[str, Any]]) -> None:
-    """Mean over seeds (line), each seed (thin line), against the three costs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
-    names = {"iteration": "iterations", "nfe": "network evaluations (thousands)", "seconds": "seconds on one thread"}
-    for axis, (key, label) in zip(axes, names.items(), strict=True):
-        for method, colour in (("nft", "#1f6feb"), ("flow_grpo", "#d1611f")):
-            curves = [
-                [r for r in rows if r["kind"] == "curve" and r["method"] == method and r["seed"] == s]
-                for s in sorted({r["seed"] for r in rows if r["method"] == method})
-            ]
-            scale = 1e-3 if key == "nfe" else 1
-            for curve in curves:
-                axis.plot([r[key] * scale for r in curve], [r["mean"] for r in curve], color=colour, alpha=0.3, lw=1)
-            points = list(zip(*curves, strict=False)) if curves else []
-            xs = [statistics.mean(r[key] * scale for r in p) for p in points]
-            ys = [statistics.mean(r["mean"] for r in p) for p in points]
-            axis.plot(xs, ys, color=colour, lw=2.2, label=f"{method} ({len(curves)} seeds)")
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("graded verifier, held-out prompts")
-    axes[0].legend(frameon=False, loc="upper left")
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=110)
 
 
 def main() -> None:

@@ -31,14 +31,14 @@ from align.bench import random_model
 from align.collect import Batch, collect, passes, score_values
 from align.config import load_config
 from align.errors import UserError
-from align.prompts import prompt_indices
+from align.prompts import Prompt, prompt_indices
 from align.run import Run, environment, start
 from align.tracking import write_json
 from samplers.rollout import solve
 
 CONFIGS = {"playground": "configs/bench/playground.yaml", "sd35-medium": "configs/bench/sd35_medium.yaml"}
 PAGE = ROOT / "docs" / "methods" / "dense-grpo.md"
-# (with values / reference): the fastest way has to be this many times the speed of, or at most this multiple of
+# ways whose times are divided by each other, round by round
 PAIRS = (("naive", "wavefront"), ("wavefront", "plain"), ("naive", "plain"))
 
 
@@ -77,14 +77,15 @@ WAYS: dict[str, Callable[[Run, int], list[Tensor]]] = {"plain": plain, "wavefron
 
 
 def _collected(run: Run, images: int, with_values: bool) -> Batch:
-    seed = run.config.train.seed
-    prompts = [run.train_prompts[prompt_indices(len(run.train_prompts), 1, 0, seed)[0]]]
-    return collect(run, prompts, list(range(images)), 0, seed, _silent, with_values=with_values)
+    return collect(run, _prompts(run), list(range(images)), 0, run.config.train.seed, _silent, with_values=with_values)
 
 
 def _score(run: Run, batch: Batch) -> None:
-    index = prompt_indices(len(run.train_prompts), 1, 0, run.config.train.seed)[0]
-    score_values(run, [run.train_prompts[index]], batch, len(batch.samples), _silent)
+    score_values(run, _prompts(run), batch, len(batch.samples), _silent)
+
+
+def _prompts(run: Run) -> list[Prompt]:
+    return [run.train_prompts[i] for i in prompt_indices(len(run.train_prompts), 1, 0, run.config.train.seed)]
 
 
 def _silent(*_: Any) -> None:
@@ -115,7 +116,7 @@ def watched(run: Run) -> Iterator[dict[str, float]]:
 
         return call
 
-    parts = [("velocity", run.model, "velocity"), ("decode", run.model, "decode")]
+    parts: list[tuple[str, Any, str]] = [("velocity", run.model, "velocity"), ("decode", run.model, "decode")]
     parts += [("reward", reward, "score") for reward in run.rewards.values()]
     for name, owner, method in parts:
         setattr(owner, method, timed(name, getattr(owner, method)))
@@ -231,7 +232,7 @@ def show() -> None:
         if path.is_file():
             found = json.loads(path.read_text())
             machine = found["machine"]
-            where = ", ".join(machine["gpus"]) or f"CPU, {machine['threads']} threads"
+            where = ", ".join(machine["gpus"]) or f"CPU, threads: {machine['threads']}"
             rounds = next(r["n"] for r in found["rows"] if r["metric"] == "seconds")
             text = f"`{config}`, {found['config']['model']['precision']}, {where}; median [range] of {rounds} rounds, "
             text += "in which the three ways take turns; the split is of one more pass."

@@ -87,6 +87,10 @@ def finished(method: str, seed: int) -> bool:
 
 def run(methods: list[str], seeds: list[int], scratch: Path) -> None:
     """Every (seed, method) that the result file lacks and no other process works on, one after the other."""
+    stored = load()
+    for method in {r["method"] for r in stored["rows"]} & set(methods):
+        if stored["config"][method] != empty()["config"][method]:
+            raise SystemExit(f"{method}: {RESULTS} has runs with other settings; delete its rows first")
     for seed in seeds:
         for method in methods:
             name = f"{method}-{seed}"
@@ -208,7 +212,8 @@ def comparison(rows: Rows, methods: list[str]) -> str:
     lines.append(
         f"\nGain: mean over seeds of tuned - base on {count} held-out prompts, same noise, with its 95 % interval over "
         "seeds (Student's t). Minus `terminal`: the same for the difference of runs with equal seed. Equal evaluations: "
-        "where `terminal` ends, between the points of the curve, on the curve's 128 prompts."
+        "where `terminal` ends, between the points of the curve, on the curve's 128 prompts; not reached where a run ended "
+        "before or was still calibrating."
     )
     return "\n".join(lines)
 

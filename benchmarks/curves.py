@@ -1,0 +1,170 @@
+"""Shared parts of the benchmarks that train: start real runs, keep their curves in a result file, draw and place them.
+
+Several processes may work on one result file at once: every change of it is made under a lock, and a run is started by
+the process that claims it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.runfolder import metric_rows
+from align.tracking import write_json
+
+ROOT = Path(__file__).parent.parent
+Rows = list[dict[str, Any]]
+
+# 97.5 % quantile of Student's t with n - 1 degrees of freedom, by n
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def load(path: Path, empty: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result file, or an empty one."""
+    return dict(json.loads(path.read_text())) if path.is_file() else empty()
+
+
+def append(path: Path, rows: Rows, empty: Callable[[], dict[str, Any]]) -> None:
+    """Add rows to the result file, whoever else does so at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent, os.O_RDONLY):  # the folder: no lock file is left beside the results
+        result = load(path, empty)
+        result["config"] = empty()["config"]
+        result["rows"] += rows
+        result["seeds"] = sorted({r["seed"] for r in result["rows"] if "seed" in r})
+        write_json(path, result)
+
+
+@contextlib.contextmanager
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process holds the file `path`, which no other can until the end, however that comes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        mine = True
+        try:
+            held.enter_context(_locked(path, os.O_RDWR | os.O_CREAT, 0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            mine = False
+        yield mine
+
+
+@contextlib.contextmanager
+def _locked(path: Path, flags: int, mode: int = 0) -> Iterator[None]:
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | mode)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def train(config: str, overrides: Sequence[str], name: str, seed: int, scratch: Path) -> None:
+    """One run by the real command on one thread, into scratch/name; continues one that was stopped."""
+    command = [sys.executable, "-m", "align.train", config, f"name={name}", f"train.seed={seed}", *overrides]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, f"output_dir={scratch}"], cwd=ROOT, check=True, env=one_thread)
+
+
+def run_rows(method: str, seed: int, folder: Path) -> Rows:
+    """A finished run: its curve, and base, final score and paired gain on all held-out prompts."""
+    summary = json.loads((folder / "summary.json").read_text())
+    rows: Rows = [
+        {
+            "method": method,
+            "seed": seed,
+            "kind": "curve",
+            "metric": "verifier",
+            "iteration": row["iteration"],
+            "mean": row["eval/verifier"],
+            "ci95": row["eval/verifier_ci95"],
+            "n": 128,
+            "nfe": row["nfe"],
+            "seconds": round(row["seconds"], 1),
+        }
+        for row in metric_rows(folder / "metrics.jsonl")[0]
+        if row["kind"] == "eval"
+    ]
+    scores = {
+        k: json.loads((folder / "eval" / f"{k}.json").read_text())["scores"]["verifier"] for k in ("base", "tuned")
+    }
+    rows.append(
+        {
+            "method": method,
+            "seed": seed,
+            "kind": "final",
+            "metric": "verifier",
+            "iteration": summary["iterations"],
+            "base": summary["base"]["verifier"],
+            "mean": summary["tuned"]["verifier"],
+            "gain": summary["tuned"]["verifier"] - summary["base"]["verifier"],
+            "gain_ci95": summary["delta_ci95"]["verifier"],
+            "full_base": statistics.mean(s == 1 for s in scores["base"]),
+            "full": statistics.mean(s == 1 for s in scores["tuned"]),
+            "n": len(scores["tuned"]),
+            "nfe": summary["nfe"],
+            "seconds": round(summary["seconds"], 1),
+        }
+    )
+    return rows
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Mean and half width of its 95 % interval by Student's t; None for fewer than two values or more than ten."""
+    if len(values) not in STUDENT:
+        return None
+    return statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def place(page: Path, text: str, mark: str = "results") -> None:
+    """Put `text` between the page's marks `<!-- mark -->` and `<!-- end of mark -->`; the second may be missing."""
+    begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    head, found, rest = page.read_text().partition(begin)
+    if not found:
+        raise ValueError(f"{page} has no mark {begin}")
+    tail = rest.partition(end)[2] if end in rest else rest
+    page.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
+def draw(rows: Rows, colours: Mapping[str, str], figure_path: Path, bands: bool = False) -> None:
+    """Mean over seeds (line), each seed (thin line), against the three costs; bands: 95 % intervals over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    names = {"iteration": "iterations", "nfe": "network evaluations (thousands)", "seconds": "seconds on one thread"}
+    for axis, (key, label) in zip(axes, names.items(), strict=True):
+        scale = 1e-3 if key == "nfe" else 1
+        for method, colour in colours.items():
+            curves = [
+                [r for r in rows if r["kind"] == "curve" and r["method"] == method and r["seed"] == s]
+                for s in sorted({r["seed"] for r in rows if r["method"] == method and r["kind"] == "curve"})
+            ]
+            for curve in curves:
+                axis.plot([r[key] * scale for r in curve], [r["mean"] for r in curve], color=colour, alpha=0.3, lw=1)
+            points = list(zip(*curves, strict=False)) if curves else []
+            xs = [statistics.mean(r[key] * scale for r in p) for p in points]
+            ys = [statistics.mean(r["mean"] for r in p) for p in points]
+            axis.plot(xs, ys, color=colour, lw=2.2, label=f"{method} ({len(curves)} seeds)")
+            found = [interval([r["mean"] for r in p]) for p in points] if bands else []
+            if found and None not in found:
+                half = [f[1] for f in found if f is not None]
+                low, high = ([y + s * h for y, h in zip(ys, half, strict=True)] for s in (-1, 1))
+                axis.fill_between(xs, low, high, color=colour, alpha=0.1, lw=0)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("graded verifier, held-out prompts")
+    axes[0].legend(frameon=False, loc="upper left")
+    figure_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(figure_path, dpi=110)
+    plt.close(figure)
