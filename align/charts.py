@@ -94,6 +94,42 @@ def stacked_chart(layers: Mapping[str, Sequence[float]], x: Sequence[float], *, 
     return _svg(label, parts)
 
 
+def balance_chart(
+    x: Sequence[int],
+    up: Sequence[float],
+    down: Sequence[float],
+    before: tuple[Sequence[float], Sequence[float]] | None = None,
+    *,
+    label: str,
+    x_label: str,
+) -> str:
+    """Two shares in [0, 1] at each x: `up` as a bar above zero, `down` as one below; NaN draws none.
+
+    `before`: the same two at another time, as a short line across each bar's column.
+    """
+    shares = [v for v in (*up, *down, *(v for side in before or () for v in side)) if math.isfinite(v)]
+    reach = max(shares, default=0.0) * 1.06 or 1.0
+    axes = Axes((min(x, default=0) - 0.6, max(x, default=0) + 0.6), (-reach, reach), x_label, whole_x=True)
+    parts = [_frame(axes, signless=True)]
+    zero = axes.py(0)
+    half = 0.36 * (axes.px(1) - axes.px(0))
+    for sign, kind, now, then in ((1, "gain", up, before and before[0]), (-1, "loss", down, before and before[1])):
+        for i, k in enumerate(x):
+            middle = axes.px(k)
+            if math.isfinite(now[i]):
+                top, bottom = sorted((zero, axes.py(sign * now[i])))
+                parts.append(
+                    f'<rect class="bar {kind}" x="{middle - half:.1f}" y="{top:.1f}" width="{2 * half:.1f}"'
+                    f' height="{bottom - top:.1f}" rx="1.5"><title>step {k}: {now[i]:.1%}</title></rect>'
+                )
+            if then and math.isfinite(then[i]):
+                y = axes.py(sign * then[i])
+                ends = f'x1="{middle - half - 3:.1f}" x2="{middle + half + 3:.1f}"'
+                parts.append(f'<line class="before" {ends} y1="{y:.1f}" y2="{y:.1f}"/>')
+    parts.append(f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{zero:.1f}" y2="{zero:.1f}"/>')
+    return _svg(label, parts)
+
+
 def histogram(values: Sequence[float], *, label: str, x_label: str, bins: int = 21) -> str:
     """Counts of finite `values` in `bins` (odd) equal bins centred on 0: losses left of it, gains right of it."""
     values = [v for v in values if math.isfinite(v)]
@@ -182,10 +218,11 @@ def _whole(values: Sequence[float]) -> bool:
     return all(float(v).is_integer() for v in values)
 
 
-def _frame(axes: Axes, whole: bool = False) -> str:
+def _frame(axes: Axes, whole: bool = False, signless: bool = False) -> str:
     parts = []
     levels = ticks(*axes.y, whole=whole)
     for value, text in zip(levels, tick_labels(levels), strict=True):
+        text = text.removeprefix("-") if signless else text
         y = axes.py(value)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3.8:.1f}" text-anchor="end">{escape(text)}</text>')

@@ -76,8 +76,21 @@ def sample(
 def grid(
     target: Target,
     prompts: Prompts = None,
-    n: Annotated[int, typer.Option(min=1, help="number of prompts")] = 8,
-    out: Annotated[Path | None, typer.Option(help="PNG to write (default: RUN/grids/grid.png)")] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="number of prompts (default: 8), or of trajectories (default: 1)")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG to write (default: RUN/grids/grid.png or trajectory.png)")
+    ] = None,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="instead: one prompt's trajectory, every state completed and scored")
+    ] = False,
+    prompt: Annotated[
+        str | None, typer.Option(help="with --trajectory: its prompt (default: the first held-out one)")
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(min=0, help="with --trajectory: the first one's number, which names its noise")
+    ] = 0,
     adapter: Adapter = None,
     reward: Reward = None,
     steps: Steps = None,
@@ -86,16 +99,37 @@ def grid(
     scale: Scale = 1.0,
     debug: Debug = False,
 ) -> None:
-    """Draw prompts x {base, tuned} from the same noise, with scores under each image."""
+    """Draw prompts x {base, tuned} from the same noise, with scores under each image; or one trajectory, step by step.
+
+    --trajectory samples as the run trains (a model: flow_sde, 10 steps) and marks turning points; there TARGET may also
+    be a run's YAML file or adapter folder. For example:
+    align grid playground --trajectory --reward verifier --prompt "a red circle" --n 2
+    """
     console = Console()
     with readable_errors(console, debug):
+        from align.errors import UserError
         from align.inference import chosen_prompts, chosen_rewards, compare, load_target
 
-        setup = load_target(target, adapter, steps, guidance, seed, scale)
-        found = chosen_prompts(setup, prompts, n)
-        columns = compare(setup, chosen_rewards(setup, reward or []), found, console, keep=n)
-        path = out or (Path(target) / "grids" / "grid.png" if setup.config else Path("outputs/grid.png"))
-        console.print(f"grid: {save_comparison(path, columns, n)}", highlight=False, soft_wrap=True)
+        if trajectory:
+            from align.trajectory import chosen_prompt, load_setup, sample_trajectories, save_trajectories
+
+            setup = load_setup(target, adapter, seed, scale)
+            with console.status("sampling and scoring"):
+                numbers = range(sample, sample + (n or 1))
+                found = sample_trajectories(
+                    setup, chosen_prompt(setup, prompt, prompts), numbers, reward or [], steps, guidance
+                )
+            folder = Path(target) / "grids" if (Path(target) / "config.yaml").is_file() else Path("outputs")
+            path = save_trajectories(out or folder / "trajectory.png", found)
+        elif prompt is not None or sample:
+            raise UserError("--prompt and --sample go with --trajectory; a grid takes --prompts FILE")
+        else:
+            setup = load_target(target, adapter, steps, guidance, seed, scale)
+            rows = chosen_prompts(setup, prompts, n or 8)
+            columns = compare(setup, chosen_rewards(setup, reward or []), rows, console, keep=len(rows))
+            path = out or (Path(target) / "grids" / "grid.png" if setup.config else Path("outputs/grid.png"))
+            save_comparison(path, columns, len(rows))
+        console.print(f"grid: {path}", highlight=False, soft_wrap=True)
 
 
 @app.command("eval")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from align.models.base import Conditioning
+from align.models.base import Conditioning, ImageModel
 from align.prompts import Prompt
 from align.run import Run
 from align.scoring import Scores, gather_scores, try_score
@@ -127,7 +127,7 @@ def _trajectory(
     if with_values:
         completions = CompletionPlan(
             ode_steps=settings.ode_steps,
-            velocity=_guided(run, settings.guidance_scale),
+            velocity=guided(run.model, settings.guidance_scale, run.config.sampler.guidance_scale),
             same_start=owners if run.config.sampler.shared_noise else None,
         )
         if settings.chunk == "auto" and run.rows_that_fit is None:
@@ -160,10 +160,9 @@ def _evaluations(run: Run, part: Trajectory, images: int) -> int:
     return live * passes(own) + (part.nfe - live) * passes(other)
 
 
-def _guided(run: Run, scale: float | None) -> Velocity | None:
+def guided(model: ImageModel, scale: float | None, own: float) -> Velocity | None:
     """The model's velocity with another guidance, or None if it is the sampler's own and can be reused."""
-    model = run.model
-    if scale is None or scale == run.config.sampler.guidance_scale:
+    if scale is None or scale == own:
         return None
 
     def velocity(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -66,12 +66,12 @@ def comparison_grid(
     draw = ImageDraw.Draw(page)
     top = MARGIN
     if title:
-        _text(draw, (MARGIN, top + TITLE), _shorten(title, TITLE, page.width - 2 * MARGIN), TITLE, bold=True)
+        _text(draw, (MARGIN, top + TITLE), shorten(title, TITLE, page.width - 2 * MARGIN), TITLE, bold=True)
         top += 52
     for index in range(fold):
         left = MARGIN + index * (block.total_width + 3 * GAP)
         for column, label in enumerate(pictures):
-            _text(draw, (block.cell_x(left, column), top + HEAD), _shorten(label, HEAD, width), HEAD, bold=True)
+            _text(draw, (block.cell_x(left, column), top + HEAD), shorten(label, HEAD, width), HEAD, bold=True)
     for row, prompt in enumerate(prompts):
         left = MARGIN + row // rows_a_block * (block.total_width + 3 * GAP)
         y = top + 38 + row % rows_a_block * (row_height + GAP)
@@ -178,10 +178,10 @@ def _check_lengths(columns: Mapping[str, Sequence[ImageLike]], prompts: Sequence
 
 
 def _fit_all(images: Sequence[Image.Image], cell: int | None) -> list[Image.Image]:
-    return [_fit(image, cell) for image in images]
+    return [fit_image(image, cell) for image in images]
 
 
-def _fit(image: Image.Image, cell: int | None) -> Image.Image:
+def fit_image(image: Image.Image, cell: int | None) -> Image.Image:
     longest = max(image.size)
     if cell is None and longest < SMALLEST_CELL:
         target = longest * math.ceil(SMALLEST_CELL / longest)  # a whole factor keeps every pixel the same size
@@ -234,7 +234,7 @@ def _draw_scores(
             wins = value is not None and text == best and not tied
             colour = BEST if wins else INK if value is not None else FAINT
             room = block.width - _length(text, SMALL) - 12
-            _text(draw, (x, baseline), _shorten(reward, SMALL, room), SMALL, FAINT)
+            _text(draw, (x, baseline), shorten(reward, SMALL, room), SMALL, FAINT)
             _text(draw, (x + block.width, baseline), text, SMALL, colour, bold=wins, anchor="rs")
 
 
@@ -249,12 +249,12 @@ def _text(
     anchor: str = "ls",
 ) -> None:
     """Draw one line; `at` is the baseline. Bold is a thin stroke: the built-in font has one weight."""
-    font = _font(size, text.isascii())
+    font = load_font(size, text.isascii())
     draw.text(at, text, font=font, fill=colour, anchor=anchor, stroke_width=0.45 if bold else 0, stroke_fill=colour)
 
 
 @lru_cache
-def _font(size: int, ascii_only: bool = True) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def load_font(size: int, ascii_only: bool = True) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font, which knows little beyond ASCII; other text takes the wider font that matplotlib carries."""
     matplotlib = None if ascii_only else find_spec("matplotlib")
     if matplotlib is not None and matplotlib.submodule_search_locations:
@@ -265,7 +265,7 @@ def _font(size: int, ascii_only: bool = True) -> ImageFont.FreeTypeFont | ImageF
 
 
 def _length(text: str, size: int) -> float:
-    return _font(size, text.isascii()).getlength(text)
+    return load_font(size, text.isascii()).getlength(text)
 
 
 def _clean(text: str) -> str:
@@ -274,7 +274,7 @@ def _clean(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _shorten(text: str, size: int, width: float) -> str:
+def shorten(text: str, size: int, width: float) -> str:
     text = _clean(text[:500])
     if _length(text, size) <= width:
         return text
@@ -283,7 +283,7 @@ def _shorten(text: str, size: int, width: float) -> str:
 
 def _fitting(text: str, size: int, width: float) -> int:
     """How many first characters of `text` fit in `width`; text only grows with its characters, so halving finds it."""
-    font = _font(size, text.isascii())
+    font = load_font(size, text.isascii())
     low, high = 0, min(len(text), max(1, int(width)))
     while low < high:
         middle = (low + high + 1) // 2
@@ -315,4 +315,4 @@ def _wrap(text: str, size: int, width: float, lines: int) -> list[str]:
         done.append(current)
     if len(done) <= lines:
         return done
-    return [*done[: lines - 1], _shorten(done[lines - 1] + " ...", size, width)] if lines else []
+    return [*done[: lines - 1], shorten(done[lines - 1] + " ...", size, width)] if lines else []

@@ -24,7 +24,7 @@ from PIL import Image
 
 from align.charts import histogram, interval_bar
 from align.grids import format_score
-from align.report_curves import absent_metrics, eval_panels, smoothing_window, timing_panel, train_panels
+from align.report_curves import absent_metrics, credit_panels, eval_panels, smoothing_window, timing_panel, train_panels
 from align.runfolder import NAN, RunFolder, column, number_of, read_run
 
 MOST_GRIDS = 7
@@ -157,6 +157,7 @@ def _context(run: RunFolder) -> dict[str, Any]:
         "training": training,
         "further": further,
         "timing": timing_panel(run.train),
+        "credit": credit_panels(run.train),
         "window": smoothing_window(run.train),
         "absent": absent_metrics(run.train),
         "prompts": _prompt_changes(pairs, scores),

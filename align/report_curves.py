@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from align.charts import Series, compact, line_chart, stacked_chart
+from align.charts import Series, balance_chart, compact, line_chart, stacked_chart
 from align.grids import format_score
 from align.runfolder import column
 
@@ -34,7 +34,19 @@ FURTHER = {
     "train/loss_plus": ("Loss, positive branch", "towards what scored well"),
     "train/loss_minus": ("Loss, negative branch", "away from what scored badly"),
     "train/old_decay": ("Old policy's decay", "0: it equals the live one"),
+    "sample/nfe_per_image": ("Evaluations per image", "of the network while sampling, completions included"),
 }
+# of rules of credit that give every step its own reward: (metric, or prefix of one per step) -> (title, hint)
+CREDIT = {
+    "values/step_": ("Value of the states", "mean reward of the images completed from state k; last, the final images"),
+    "gain/": ("Gains and losses", "share of images whose value a step raised (above) or lowered (below)"),
+    "values/rank_corr_": ("Rank correlation", "of a state's value with the final reward in its group; 1: same order"),
+    "gain/zero_spread_": ("Steps without spread", "share of groups whose images all got the same reward for step k"),
+    "credit/turning_point_rate": ("Turning points", "share of steps after the first; dashed: what pure noise gives"),
+    "credit/first_step_rate": ("First steps selected", "share of images; dashed: what pure noise gives"),
+    "credit/kept_fraction": ("Turning points kept", "share left once both signs are equally many"),
+}
+AT_MOST = 10
 EXACT = ("train/lr", "train/skipped_updates", "train/old_decay")
 DULL_AT_ZERO = ("train/skipped_updates", "reward/invalid_fraction")
 SMOOTH_FROM = 30
@@ -71,6 +83,20 @@ def train_panels(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Panel], list[P
     main = ["reward/mean", *rewards, *[k for k in KNOWN if k != "reward/mean"]]
     further = [*FURTHER, *sorted(k for k in keys if k not in KNOWN and k not in FURTHER and k.startswith("train/"))]
     return _panels_of(rows, main), _panels_of(rows, further)
+
+
+def credit_panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Panels of the metrics in `CREDIT` that any row has: by step, now and at the start, or against iteration."""
+    panels = [
+        _step_panel(rows, "values/step_", final="reward/mean"),
+        _balance_panel(rows),
+        _step_panel(rows, "values/rank_corr_"),
+        _step_panel(rows, "gain/zero_spread_"),
+        _train_panel(rows, "credit/turning_point_rate", null="credit/turning_point_null"),
+        _train_panel(rows, "credit/first_step_rate", null="credit/first_step_null"),
+        _train_panel(rows, "credit/kept_fraction"),
+    ]
+    return [panel for panel in panels if panel]
 
 
 def absent_metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -128,14 +154,72 @@ def _panels_of(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[P
     return [panel for key in keys if (panel := _train_panel(rows, key))]
 
 
-def _train_panel(rows: Sequence[Mapping[str, Any]], key: str) -> Panel | None:
+def _by_step(rows: Sequence[Mapping[str, Any]], prefix: str) -> tuple[list[int], list[float], list[float]]:
+    """(steps, now, at the start) of a metric with one key per step: means of its last and first iterations.
+
+    Each is over up to `AT_MOST` of the step's own iterations, a quarter of them: a window trains few steps at a time.
+    """
+    recorded = {key for row in rows for key in row if key.startswith(prefix)}
+    steps = sorted(int(end) for key in recorded if (end := key.removeprefix(prefix)).isdigit())
+    spans = {k: _first_and_last(column(rows, f"{prefix}{k:02d}")) for k in steps}
+    known = [k for k in steps if math.isfinite(spans[k][1])]
+    return known, [spans[k][1] for k in known], [spans[k][0] for k in known]
+
+
+def _first_and_last(values: Sequence[float]) -> tuple[float, float]:
+    finite = [v for v in values if math.isfinite(v)]
+    few = max(1, min(AT_MOST, len(finite) // 4))
+    return (sum(finite[:few]) / few, sum(finite[-few:]) / few) if finite else (math.nan, math.nan)
+
+
+def _step_panel(rows: Sequence[Mapping[str, Any]], prefix: str, final: str | None = None) -> Panel | None:
+    """`final`: a metric that stands after the last step."""
+    steps, now, start = _by_step(rows, prefix)
+    if not steps:
+        return None
+    x_label = "step k"
+    if final is not None:
+        before, after = _first_and_last(column(rows, final))
+        steps, now, start = [*steps, steps[-1] + 1], [*now, after], [*start, before]
+        x_label = "state k, then the final image"
+    title, hint = CREDIT[prefix]
+    series = [Series("now", steps, now, points=True)]
+    if len(rows) > 1:
+        series.insert(0, Series("at the start", steps, start, style="c5", points=True))
+    svg = line_chart(series, label=f"{title} by step", x_label=x_label)
+    return Panel(prefix, title, Markup(svg), "", hint, _then_and_now(rows))
+
+
+def _balance_panel(rows: Sequence[Mapping[str, Any]]) -> Panel | None:
+    steps, up, up_before = _by_step(rows, "gain/up_")
+    also, down, down_before = _by_step(rows, "gain/down_")
+    if not steps or steps != also:
+        return None
+    title, hint = CREDIT["gain/"]
+    before = (up_before, down_before) if len(rows) > 1 else None
+    svg = balance_chart(steps, up, down, before, label=f"{title} by step", x_label="step k")
+    legend = (("raised, now", "gain"), ("lowered, now", "loss"), *([("at the start", "before")] if before else []))
+    return Panel("gain/", title, Markup(svg), "", hint, legend)
+
+
+def _then_and_now(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    return (("now", "c0"), ("at the start", "c5")) if len(rows) > 1 else (("now", "c0"),)
+
+
+def _train_panel(rows: Sequence[Mapping[str, Any]], key: str, null: str | None = None) -> Panel | None:
+    """`null`: the metric that holds this one's value for pure noise, drawn as a dashed level."""
     values = column(rows, key)
     finite = [v for v in values if math.isfinite(v)]
     if not finite or (key in DULL_AT_ZERO and not any(finite)):
         return None
     x = column(rows, "iteration")
     plain = key.replace("reward/", "Reward: ").removeprefix("train/")
-    title, hint = KNOWN.get(key) or FURTHER.get(key) or (plain, "mean over the images" if "Reward" in plain else "")
+    title, hint = (
+        KNOWN.get(key)
+        or FURTHER.get(key)
+        or CREDIT.get(key)
+        or (plain, "mean over the images" if "Reward" in plain else "")
+    )
     low: list[float] = []
     high: list[float] = []
     if key == "reward/mean":
@@ -151,7 +235,9 @@ def _train_panel(rows: Sequence[Mapping[str, Any]], key: str) -> Panel | None:
             Series(title, x, values, low, high, style="faint"),
             Series("average", x, _moving_average(values, smoothing_window(rows))),
         ]
-    svg = line_chart(series, label=f"{title} against iteration", x_label="iteration")
+    levels = [v for v in column(rows, null) if math.isfinite(v)] if null else []
+    reference = (levels[-1], f"pure noise {format_score(levels[-1])}") if levels else None
+    svg = line_chart(series, label=f"{title} against iteration", x_label="iteration", reference=reference)
     return Panel(key, title, Markup(svg), compact(finite[-1]), hint)
 
 

@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from align.charts import Series, histogram, line_chart, stacked_chart, tick_labels, ticks
+from align.charts import Series, balance_chart, histogram, line_chart, stacked_chart, tick_labels, ticks
 from align.errors import UserError
 from align.report import delta_text, duration, paired_change, write_report
-from align.report_curves import FURTHER, KNOWN
+from align.report_curves import CREDIT, FURTHER, KNOWN, credit_panels
 from align.runfolder import metric_rows, read_run
 
 FAKE = runpy.run_path(str(Path(__file__).parents[1] / "fake_run.py"))
@@ -142,6 +142,83 @@ def test_every_curve_is_drawn(finished: Path):
         assert f"{title} against iteration" in charts
     assert "Seconds by stage" in charts
     assert len([c for c in charts if str(c).startswith("Change of")]) == 2
+
+
+def credit_rows(iterations: int, windows: tuple[tuple[int, ...], ...] = ((0, 1, 2),)) -> list[dict[str, Any]]:
+    """Training rows as step-wise credit writes them; the value of state k in iteration i is k + i / 100."""
+    rows = []
+    for i in range(iterations):
+        row: dict[str, Any] = {"kind": "train", "iteration": i, "reward/mean": 7 + i / 100}
+        for k in windows[i % len(windows)]:
+            row |= {f"values/step_{k:02d}": k + i / 100, f"gain/up_{k:02d}": 0.5, f"gain/down_{k:02d}": 0.1 * k}
+            row |= {f"values/rank_corr_{k:02d}": 0.3 * k if k else None, f"gain/zero_spread_{k:02d}": 0.0}
+        row |= {"credit/turning_point_rate": 0.2, "credit/turning_point_null": 0.166, "credit/kept_fraction": 0.9}
+        rows.append(row | {"credit/first_step_rate": 0.4, "credit/first_step_null": 0.5})
+    return rows
+
+
+def points(svg: str) -> list[list[str]]:
+    """The words at the points of a chart, a list for each colour, in the order of drawing."""
+    found: dict[str, list[str]] = {}
+    for style, title in re.findall(r'class="dot (\w+)"[^>]*><title>([^<]*)</title>', svg):
+        found.setdefault(style, []).append(title)
+    return list(found.values())
+
+
+def test_values_by_step_stand_beside_those_of_the_start():
+    panel = credit_panels(credit_rows(100))[0]
+    start, now = points(panel.svg)
+    # over ten iterations: the first ones average 0.045, the last ones 0.945; the final reward comes after step 2
+    assert [p.split(": ")[1] for p in start] == ["0.045", "1.045", "2.045", "7.045"]
+    assert [p.split(": ")[1] for p in now] == ["0.945", "1.945", "2.945", "7.945"]
+    assert [text for text, _ in panel.legend] == ["now", "at the start"]
+
+
+def test_a_moving_window_shows_every_step_that_was_ever_trained():
+    panel = credit_panels(credit_rows(8, windows=((0, 1), (4, 5))))[0]
+    start, now = points(panel.svg)
+    assert [p.split(": ")[1] for p in start] == ["0", "1", "4.01", "5.01", "7.005"]  # the first of a step's own four
+    assert [p.split(": ")[1] for p in now] == ["0.06", "1.06", "4.07", "5.07", "7.065"]
+
+
+def test_credit_is_shown_where_a_run_has_it_and_only_there(run: Path):
+    def charts() -> list[str | None]:
+        return [a["aria-label"] for tag, a in Page(write_report(run)).tags if tag == "svg" and a["class"] == "chart"]
+
+    by_step = ["Value of the states", "Gains and losses", "Rank correlation", "Steps without spread"]
+    by_iteration = ["Turning points", "First steps selected", "Turning points kept"]
+    labels = [f"{t} by step" for t in by_step] + [f"{t} against iteration" for t in by_iteration]
+    assert not set(labels) & set(charts())
+    assert "Credit by step" not in Page(write_report(run)).text
+    for rows, shown in ((credit_rows(40), labels), (credit_rows(1), labels)):
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        assert [label for label in charts() if label in labels] == shown
+        assert "Credit by step" in Page(write_report(run)).text
+    gain_only = [{k: v for k, v in row.items() if not k.startswith("credit/")} for row in credit_rows(40)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, gain_only)))
+    assert [label for label in charts() if label in labels] == labels[:4]
+
+
+def test_rates_of_turning_points_stand_against_those_of_pure_noise():
+    panels = {panel.key: panel.svg for panel in credit_panels(credit_rows(40))}
+    assert "pure noise 0.166" in panels["credit/turning_point_rate"]
+    assert "pure noise 0.500" in panels["credit/first_step_rate"]
+    assert 'class="reference"' not in panels["credit/kept_fraction"]
+
+
+def test_bars_of_gains_and_losses_grow_from_zero_to_either_side():
+    svg = ElementTree.fromstring(
+        balance_chart([3, 4], [0.5, 0.25], [0.25, math.nan], ([0.5, 0.5], [0.5, math.nan]), label="l", x_label="x")
+    )
+    zero = next(float(e.get("y1", "")) for e in svg if e.get("class") == "zero")
+    bars = [(e.get("class"), float(e.get("y", "")), float(e.get("height", ""))) for e in svg if e.tag == "rect"]
+    unit = bars[0][2] / 0.5
+    for (kind, top, height), (wanted, share) in zip(bars, [("gain", 0.5), ("gain", 0.25), ("loss", 0.25)], strict=True):
+        assert kind == f"bar {wanted}"
+        assert height == pytest.approx(share * unit, abs=0.11)  # coordinates have one decimal
+        assert top == pytest.approx(zero - height if wanted == "gain" else zero, abs=0.11)
+    before = [float(e.get("y1", "")) for e in svg if e.get("class") == "before"]
+    assert before == pytest.approx([zero - 0.5 * unit] * 2 + [zero + 0.5 * unit], abs=0.11)
 
 
 def test_prompts_that_changed_most(finished: Path):
@@ -322,6 +399,7 @@ def test_charts_of_any_range_are_well_formed(values: list[float]):
         line_chart([Series("s", x, values, values, values, points=True)], label=label, x_label="<x>"),
         stacked_chart({"a": values}, x, label=label, x_label="<x>"),
         histogram(values, label=label, x_label="<x>"),
+        balance_chart(x, [abs(v) for v in values], [math.nan] * len(x), label=label, x_label="<x>"),
     ]
     for svg in charts:
         root = ElementTree.fromstring(svg)
@@ -337,4 +415,4 @@ def test_words_for_numbers():
 
 def test_every_metric_with_a_title_is_documented():
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert [key for key in (*KNOWN, *FURTHER) if f"`{key}`" not in page] == []
+    assert [key for key in (*KNOWN, *FURTHER, *CREDIT) if f"`{key}" not in page] == []
