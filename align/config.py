@@ -317,6 +317,39 @@ def _credit_errors(config: Config) -> list[str]:
     return []
 
 
+def without_effect(config: Config) -> list[str]:
+    """Settings that differ from their defaults and that nothing will read, each with the reason: notes, not errors.
+
+    A layer may well set what a later layer switches off, so these are said and not refused.
+    """
+    sampler, optim, plain = config.sampler, config.optim, Config()
+    values = config.credit.needs_values or sampler.psi is not None
+    cases: list[tuple[bool, str, str]] = [
+        (sampler.plan == "full", "sampler.window_size", "sampler.plan is full"),
+        (sampler.plan == "full", "sampler.window_range", "sampler.plan is full"),
+        (sampler.plan != "sliding", "sampler.window_every", f"sampler.plan is {sampler.plan}"),
+        (sampler.plan != "sliding", "sampler.window_stride", f"sampler.plan is {sampler.plan}"),
+        (sampler.grid != "linspace_shift", "sampler.shift", f"sampler.grid is {sampler.grid}"),
+        (sampler.kernel == "ode", "sampler.noise_level", "sampler.kernel is ode"),
+        (sampler.psi is not None, "sampler.noise_level", "sampler.psi sets the noise"),
+        (not values, "completions", f"credit.rule is {config.credit.rule}"),
+        (config.credit.rule != "turning_point", "credit.turning_point", f"credit.rule is {config.credit.rule}"),
+        (optim.ema_decay == 0, "optim.ema_every", "optim.ema_decay is 0"),
+        (optim.schedule == "constant", "optim.final_lr_fraction", "optim.schedule is constant"),
+    ]
+    lines = []
+    for idle, key, reason in cases:
+        room, name = key.split(".") if "." in key else (key, None)
+        ours, default = getattr(config, room), getattr(plain, room)
+        if name is not None:
+            ours, default = getattr(ours, name), getattr(default, name)
+        if idle and ours != default:
+            lines.append(f"{key} has no effect: {reason}")
+    if config.eval.during > config.eval.prompts:
+        lines.append(f"eval.during {config.eval.during}: only eval.prompts = {config.eval.prompts} are evaluated")
+    return lines
+
+
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to the same object."""
     return OmegaConf.to_yaml(OmegaConf.create({k: _listed(v) for k, v in dataclasses.asdict(config).items()}))

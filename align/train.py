@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from align.calibrate import apply_psi
 from align.checkpoint import export_adapter
-from align.config import Config, load_config, to_yaml
+from align.config import Config, load_config, to_yaml, without_effect
 from align.errors import UserError
 from align.evaluate import Evaluation, evaluate, half_width, paired_interval
 from align.geometry import geometry, geometry_table, memory_estimate
@@ -80,12 +80,18 @@ def print_plan(config: Config, console: Console) -> None:
     console.print(to_yaml(config), markup=False, highlight=False)
     console.print(f"{len(trained):,} training prompts, {min(len(held_out), config.eval.prompts):,} for evaluation")
     console.print(geometry_table(config, geometry(config, 1)))
+    _print_notes(config, console)
     numbers = memory_estimate(config)
     table = Table(title="size (memory is an estimate)", title_justify="left", show_header=False, title_style="bold")
     for key, value in numbers.items():
         name, unit = key.rsplit("_", 1)
         table.add_row(f"{name.replace('_', ' ')}", f"{value:,.2f} GiB" if unit == "gib" else f"{value:,} {unit}")
     console.print(table)
+
+
+def _print_notes(config: Config, console: Console) -> None:
+    for line in without_effect(config):
+        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def train(config: Config, console: Console) -> dict[str, Any] | None:
@@ -97,6 +103,7 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     run = start(config, console)
     console = run.console  # silent on all processes but one
     console.print(geometry_table(config, run.shape))
+    _print_notes(config, console)
     base = _evaluate_base(run)
     apply_psi(run)
     with _progress(console) as bar:

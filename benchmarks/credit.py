@@ -34,17 +34,15 @@ TABLE = RESULTS.with_name("credit_psi.json")
 FIGURE = ROOT / "docs" / "assets" / "credit.png"
 CHART = ROOT / "docs" / "assets" / "credit_psi.png"
 SHARED_TABLE = "sampler.psi=auto"
-# name -> configuration and overrides; all but nft share base, prompts, group layout and trained steps
+# name -> configuration and overrides; all but nft differ in nothing but the rule of credit (and its noise table)
 DENSE = "configs/playground/dense_grpo.yaml"
 METHODS: dict[str, tuple[str, list[str]]] = {
-    "terminal": ("configs/playground/flow_grpo.yaml", []),
+    "terminal": (DENSE, ["credit.rule=terminal"]),
     "value": (DENSE, ["credit.rule=value"]),
     "gain": (DENSE, ["credit.rule=gain"]),
     "gain_psi": (DENSE, ["credit.rule=gain", SHARED_TABLE]),
     "turning_point": (DENSE, ["credit.rule=turning_point"]),
     "nft": ("configs/demo.yaml", []),
-    # terminal reward under the normalisation of the others: separates credit from normalisation
-    "terminal_normalised": (DENSE, ["credit.rule=terminal"]),
 }
 COLOURS = {
     "terminal": "#d1611f",
@@ -53,10 +51,9 @@ COLOURS = {
     "gain_psi": "#0b9aa2",
     "turning_point": "#8250df",
     "nft": "#6e7781",
-    "terminal_normalised": "#e3b341",
 }
 PAGES = {
-    "docs/methods/dense-grpo.md": ["terminal", "terminal_normalised", "value", "gain", "gain_psi", "nft"],
+    "docs/methods/dense-grpo.md": ["terminal", "value", "gain", "gain_psi", "nft"],
     "docs/methods/tp-grpo.md": ["terminal", "gain", "turning_point", "nft"],
 }
 KEPT = ("credit/", "values/", "gain/")
@@ -297,8 +294,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["run", "show", "add"])
-    default = [m for m in METHODS if m != "terminal_normalised"]
-    parser.add_argument("--methods", nargs="+", default=default, choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "credit")
     arguments = parser.parse_args()

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from align.config import CONFIG_DIR, Config, load_config, load_resolved, parse_config, preset_path, to_yaml
+from align.config import (
+    CONFIG_DIR,
+    Config,
+    load_config,
+    load_resolved,
+    parse_config,
+    preset_path,
+    to_yaml,
+    without_effect,
+)
 from align.errors import UserError
 from align.objectives import ObjectiveConfig
 from align.schema import build
@@ -87,6 +96,22 @@ def test_numbers_that_yaml_reads_as_something_else():
         ({"objective": {"share_noise": True}}, ["objective.share_noise has no effect with type clipped_ratio"]),
         ({"advantage": {"min_valid": 25}}, ["advantage.min_valid", "more than train.group_size 24"]),
         ({"sampler": {"plan": "window", "window_size": 12}}, ["sampler.window_range", "last step is deterministic"]),
+        ({"sampler": {"plan": "sliding", "window_every": 0}}, ["sampler.window_every", "must be >= 1"]),
+        ({"sampler": {"kernel": "cps", "psi": "auto"}}, ["sampler.psi", "kernel flow_sde", "cps"]),
+        ({"sampler": {"kernel": "psi_sde"}}, ["sampler.kernel", "'psi_sde'"]),
+        ({"credit": {"rule": "gains"}}, ["credit.rule", "did you mean 'gain'"]),
+        ({"credit": {"rule": "gain"}, "completions": {"ode_steps": 11}}, ["completions.ode_steps", "num_steps = 10", "11"]),
+        ({"completions": {"ode_steps": 0}}, ["completions.ode_steps", "got 0"]),
+        (
+            {"credit": {"rule": "turning_point"}, "sampler": {"plan": "window", "window_size": 1}},
+            ["credit.rule: turning_point compares neighbouring steps", "only 1"],
+        ),
+        (
+            {"credit": {"rule": "value"}, "objective": {"type": "forward_process"}, "sampler": {"kernel": "ode"}},
+            ["credit.rule", "'value'", "trains no sampling steps"],
+        ),
+        ({"credit": {"turning_point": {"eta": 0.0}}}, ["credit.turning_point.eta", "above 0"]),
+        ({"calibration": {"samples": 0}}, ["calibration.samples"]),
         ({"rewards": {}}, ["rewards: none given"]),
         ({"rewards": {"a": {"type": "jpeg", "weight": 0}}}, ["rewards: every weight is 0"]),
         ({"rewards": {"a": {"type": "jpg"}}}, ["rewards.a.", "'jpg'", "jpeg"]),
@@ -211,3 +236,12 @@ def test_malformed_overrides_say_so(tmp_path, item, words):
     with pytest.raises(UserError) as caught:
         load_config(path, [item])
     assert words in str(caught.value)
+
+
+def test_what_nothing_reads_is_said_and_not_refused():
+    data = {"sampler": {"window_size": 4, "shift": 2.0}, "optim": {"ema_decay": 0.0, "ema_every": 4}}
+    notes = without_effect(parse_config({"rewards": REWARDS} | data))
+    assert [note.split(" ")[0] for note in notes] == ["sampler.window_size", "sampler.shift", "optim.ema_every"]
+    used = {"sampler": {"plan": "sliding", "window_size": 4, "window_every": 5}, "credit": {"rule": "gain"}}
+    assert without_effect(parse_config({"rewards": REWARDS, "completions": {"ode_steps": 2}} | used)) == []
+    assert without_effect(parse_config({"rewards": REWARDS})) == []

@@ -37,7 +37,8 @@ def configure(tmp_path, write_config) -> Callable[..., Path]:
 
     def write(preset: str, **checkpoint: int) -> Path:
         reward = {"moody": {"type": f"{REWARD}:brightness"}}
-        changes = {"rewards": reward, "checkpoint": {"keep": KEPT, **checkpoint}}
+        changes: dict[str, Any] = {"rewards": reward, "checkpoint": {"keep": KEPT, **checkpoint}}
+        changes["train"] = {"rollout_batch": 8}  # one reward call an iteration
         return write_config(tmp_path, preset, changes)
 
     return write
@@ -97,6 +98,22 @@ def test_three_iterations_and_three_more_after_kill_9_are_six(configure, train_h
     assert len([r for r in timeless(tmp_path / "disturbed") if r["kind"] == "train"]) == 4
     train_here(config, "name=disturbed")
     train_here(config, "name=undisturbed")
+    assert_same_end(tmp_path / "disturbed", tmp_path / "undisturbed")
+
+
+def test_step_rewards_on_a_calibrated_noise_table_continue_exactly(write_config, train_here, tmp_path):
+    """The table is measured once, before training; a continued run takes the copy in its folder."""
+    config = write_config(tmp_path, "dense_grpo", {"checkpoint": {"keep": KEPT}})
+    train_here(config, "name=disturbed", "train.iterations=3")
+    table = tmp_path / "disturbed" / "psi.json"
+    measured = table.read_bytes()
+    assert all(sigma > 0 for sigma in json.loads(measured)["sigma"])
+    for cached in (tmp_path / "psi").iterdir():
+        cached.unlink()
+    train_here(config, "name=disturbed")
+    assert table.read_bytes() == measured
+    train_here(config, "name=undisturbed")
+    assert (tmp_path / "undisturbed" / "psi.json").read_bytes() == measured
     assert_same_end(tmp_path / "disturbed", tmp_path / "undisturbed")
 
 
