@@ -22,6 +22,7 @@ from samplers.rollout import Trajectory, Velocity, rollout, solve
 
 Report = Callable[[str, int, int], None]
 CPU_CHUNK = 128
+SCORED_AT_ONCE = 64
 
 
 @dataclass
@@ -34,6 +35,9 @@ class Batch:
     groups: list[int]
     """Group of each sample: position of its prompt within the iteration."""
     cond: Conditioning
+    """One row for each distinct prompt of these samples; see `condition`."""
+    cond_rows: Tensor
+    """(n,) row of `cond` of each sample."""
     final: Tensor
     """(n, C, h, w) float32 final latents."""
     states: dict[int, Tensor]
@@ -45,6 +49,10 @@ class Batch:
     """S tensors (n, C, h, w): clean latents from the state before each stochastic step; empty without values."""
     nfe: int
     """Network evaluations of these samples, guidance and completions included."""
+
+    def condition(self, rows: Tensor) -> Conditioning:
+        """Conditioning of the samples at local indices `rows`."""
+        return self.cond.take(self.cond_rows[rows])
 
 
 def collect(
@@ -68,12 +76,18 @@ def collect(
     plan = plan or config.sampler.make_plan(config.train.seed, iteration)
     groups = [i // config.train.group_size for i in samples]
     size = config.train.rollout_batch
-    parts: list[Trajectory] = []
-    finals, conds, nfe = [], [], 0
+    position = {g: i for i, g in enumerate(dict.fromkeys(groups))}
+    cond_rows = torch.tensor([position[g] for g in groups])
+    conds = model.conditioning([prompts[g].text for g in position])
+    finals: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    states: dict[int, list[Tensor]] = defaultdict(list)
+    completions: dict[int, list[Tensor]] = defaultdict(list)
+    nfe = 0
     with run.old.applied() if run.old is not None else contextlib.nullcontext():
         for start in range(0, len(samples), size):
             ids, owners = samples[start : start + size], groups[start : start + size]
-            cond = model.conditioning([prompts[g].text for g in owners])
+            cond = conds.take(cond_rows[start : start + size])
             noise = keyed_normal(
                 model.latent_shape,
                 seed=seed,
@@ -88,26 +102,27 @@ def collect(
                 nfe += len(ids) * config.sampler.num_steps * passes(config.sampler.guidance_scale)
             else:
                 part = _trajectory(run, noise, cond, plan, ids, owners, iteration, seed, with_values)
-                parts.append(part)
                 finals.append(part.final)
+                log_probs.append(part.log_probs)
+                for k, state in enumerate(part.states):
+                    if state is not None:
+                        states[k].append(state)
+                for column, clean in enumerate(part.completions):
+                    completions[column].append(clean)
                 nfe += _evaluations(run, part, len(ids))
-            conds.append(cond)
             report("sampling", start + len(ids), len(samples))
-    states: dict[int, list[Tensor]] = defaultdict(list)
-    for part in parts:
-        for k, state in enumerate(part.states):
-            if state is not None:
-                states[k].append(state)
     return Batch(
         iteration=iteration,
         samples=samples,
         groups=groups,
-        cond=Conditioning.stack(conds),
+        cond=conds,
+        cond_rows=cond_rows,
         final=torch.cat(finals),
-        states={k: torch.cat(v) for k, v in states.items()},
-        log_probs=torch.cat([p.log_probs for p in parts]) if parts else torch.zeros(len(samples), 0),
+        # one step at a time, so that no more than one is held twice
+        states={k: torch.cat(states.pop(k)) for k in sorted(states)},
+        log_probs=torch.cat(log_probs) if log_probs else torch.zeros(len(samples), 0),
         plan=plan,
-        completions=[torch.cat(column) for column in zip(*(p.completions for p in parts), strict=True)],
+        completions=[torch.cat(completions.pop(column)) for column in sorted(completions)],
         nfe=nfe,
     )
 
@@ -131,7 +146,7 @@ def _trajectory(
             same_start=owners if run.config.sampler.shared_noise else None,
         )
         if settings.chunk == "auto" and run.rows_that_fit is None:
-            run.rows_that_fit = _rows_that_fit(run, noise, cond)
+            run.rows_that_fit = _rows_that_fit(run, noise, cond, completions.velocity or run.model.velocity)
     return rollout(
         run.model.velocity,
         noise,
@@ -176,18 +191,19 @@ def guided(model: ImageModel, scale: float | None, own: float) -> Velocity | Non
 
 
 @torch.no_grad()
-def _rows_that_fit(run: Run, x: Tensor, cond: Conditioning) -> int:
+def _rows_that_fit(run: Run, x: Tensor, cond: Conditioning, velocity: Velocity) -> int:
     """Rows of one velocity call: what 70 % of the free GPU memory holds, measured on a small call; CPU_CHUNK on a CPU."""
     if x.device.type != "cuda":
         return CPU_CHUNK
     few = min(4, len(x))
-    rows = torch.arange(few)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run.model.velocity(x[:few], run.grid[0].expand(few), cond.take(rows))
-    torch.cuda.synchronize()
-    per_row = max(1, (torch.cuda.max_memory_allocated() - before) // few)
+    rows, per_row = torch.arange(few), 1
+    for call in {velocity, run.model.velocity}:  # completions with another guidance may need twice the memory
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call(x[:few], run.grid[0].expand(few), cond.take(rows))
+        torch.cuda.synchronize()
+        per_row = max(per_row, (torch.cuda.max_memory_allocated() - before) // few)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return max(1, int(0.7 * free / per_row))
 
@@ -195,22 +211,25 @@ def _rows_that_fit(run: Run, x: Tensor, cond: Conditioning) -> int:
 def score_values(run: Run, prompts: Sequence[Prompt], batch: Batch, total: int, report: Report) -> Scores:
     """Scores (total, C) of every process's samples: the S completions, if there are any, then the final image.
 
-    Images are decoded and scored `rollout_batch` at a time and not kept; rewards that compare a group see whole columns.
+    Images are decoded and scored in pieces and not kept; rewards that compare a group see whole columns. A reward of
+    weight 0 is only watched: it sees the final images alone.
     """
     rewards = {name: run.rewards[name] for name in run.config.rewards}
-    pointwise = all(reward.kind != "groupwise" for reward in rewards.values())
+    trained = {name: r for name, r in rewards.items() if run.config.rewards[name].weight != 0}
     count = len(batch.samples)
-    size = run.config.train.rollout_batch if pointwise else count
     columns = [*batch.completions, batch.final]
     table = {name: torch.full((count, len(columns)), float("nan")) for name in rewards}
     report("scoring", 0, count * len(columns))
     failure: RewardError | None = None
     for c, latents in enumerate(columns):
+        judges = rewards if c == len(columns) - 1 else trained
+        pointwise = all(reward.kind != "groupwise" for reward in judges.values())
+        size = max(run.config.train.rollout_batch, SCORED_AT_ONCE) if pointwise else count
         for start in range(0, count, size):
             rows = slice(start, start + size)
             images = run.model.decode(latents[rows], run.config.train.rollout_batch)
             owners = batch.groups[rows]
-            found = try_score(rewards, images, [prompts[g] for g in owners], owners, batch.iteration)
+            found = try_score(judges, images, [prompts[g] for g in owners], owners, batch.iteration)
             if isinstance(found, RewardError):
                 failure = found
                 break

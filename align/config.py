@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -334,16 +335,16 @@ def without_effect(config: Config) -> list[str]:
         (sampler.psi is not None, "sampler.noise_level", "sampler.psi sets the noise"),
         (not values, "completions", f"credit.rule is {config.credit.rule}"),
         (config.credit.rule != "turning_point", "credit.turning_point", f"credit.rule is {config.credit.rule}"),
+        (not config.credit.turning_point.balance, "credit.turning_point.balance_scope", "balance is false"),
+        (not config.credit.turning_point.balance, "credit.turning_point.balance_key", "balance is false"),
+        (config.calibration.rule == "literal", "calibration.tolerance", "calibration.rule is literal"),
+        (config.calibration.rule == "fraction", "calibration.count_tolerance", "calibration.rule is fraction"),
         (optim.ema_decay == 0, "optim.ema_every", "optim.ema_decay is 0"),
         (optim.schedule == "constant", "optim.final_lr_fraction", "optim.schedule is constant"),
     ]
     lines = []
     for idle, key, reason in cases:
-        room, name = key.split(".") if "." in key else (key, None)
-        ours, default = getattr(config, room), getattr(plain, room)
-        if name is not None:
-            ours, default = getattr(ours, name), getattr(default, name)
-        if idle and ours != default:
+        if idle and attrgetter(key)(config) != attrgetter(key)(plain):
             lines.append(f"{key} has no effect: {reason}")
     if config.eval.during > config.eval.prompts:
         lines.append(f"eval.during {config.eval.during}: only eval.prompts = {config.eval.prompts} are evaluated")

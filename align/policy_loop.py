@@ -54,6 +54,7 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
     )
     sampled = _now(run)
     scores = score_values(run, prompts, batch, run.shape.samples, report)
+    batch.completions.clear()  # they were there to be scored
     scored = _now(run)
     if run.stop_requested():
         raise Interrupted

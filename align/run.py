@@ -288,6 +288,7 @@ _MAY_CHANGE = (
     "train.iterations",
     "train.micro_batch",
     "train.rollout_batch",
+    "completions.chunk",
     "eval",
     "checkpoint",
     "trackers",

@@ -59,8 +59,9 @@ def gather_scores(
 ) -> Scores:
     """One collective: place each process's scores at its global sample indices.
 
-    `local` has (n, ...) scores, NaN where missing, or is the error this process met: it travels with the scores, so that
-    all processes stop together (UserError) instead of waiting for each other. shape: dimensions after the first.
+    `local` has (n, *shape) scores, NaN where missing, or is the error this process met: it travels with the scores, so
+    that all processes stop together (UserError) instead of waiting for each other. So they do if a reward has no score
+    at all.
     """
     table = torch.zeros(2 * len(names) + 1, total, *shape, dtype=torch.float64)
     if isinstance(local, RewardError):
@@ -75,6 +76,9 @@ def gather_scores(
         raise UserError(str(local) if isinstance(local, RewardError) else "a reward failed on another process")
     values = {name: table[2 * row].float() for row, name in enumerate(names)}
     known = {name: table[2 * row + 1] > 0 for row, name in enumerate(names)}
+    for name in names:
+        if total and not bool(known[name].any()):
+            raise UserError(f"reward '{name}' has no score for any of {total} images (all NaN): repair the reward")
     return Scores({k: v.masked_fill(~known[k], float("nan")) for k, v in values.items()}, known)
 
 

@@ -58,7 +58,7 @@ def clipped_ratio_pairs(
     def predict() -> tuple[Transition, Tensor]:
         return predict_transition(run.model.velocity, x, cond, t, t_next, run.kernel, levels)
 
-    cond = batch.cond.take(pairs.rows)
+    cond = batch.condition(pairs.rows)
     forwards, mean_old, reference = 1, None, None
     with torch.no_grad():
         if config.ratio_repair == "guard" and lagging and run.behaviour is not None:
@@ -112,7 +112,7 @@ def forward_process_pairs(
             for j, k in zip(pairs.rows, steps, strict=True)
         ]
     ).to(batch.final.device)
-    x0, t, cond = batch.final[pairs.rows], run.grid[steps], batch.cond.take(pairs.rows)
+    x0, t, cond = batch.final[pairs.rows], run.grid[steps], batch.condition(pairs.rows)
     x = noised_state(x0, noise, t)
     forwards, v_old, v_ref = 1, None, None
     with torch.no_grad():

@@ -66,9 +66,9 @@ def naive(run: Run, images: int) -> list[Tensor]:
     """The same latents one state at a time: all remaining Euler steps, each with its own velocity call."""
     batch = _collected(run, images, with_values=False)
     _score(run, batch)
-    found = []
+    found, everyone = [], torch.arange(images)
     for k in batch.plan.stochastic:
-        found.append(solve(run.model.velocity, batch.states[k], batch.cond, run.grid[k:]))
+        found.append(solve(run.model.velocity, batch.states[k], batch.condition(everyone), run.grid[k:]))
         _score(run, dataclasses.replace(batch, final=found[-1]))
     return [*found, batch.final]
 

@@ -125,18 +125,14 @@ def checked_score(reward: Reward, batch: RewardBatch) -> RewardOutput:
 
     Returns (B,) float32 scores on the device of the images, NaN exactly where `valid` is False. Gradients flow only
     through a reward that is `differentiable`. Raises RewardError, one line with the reward's name, if the reward fails,
-    returns a wrong type, shape or dtype, an infinite score, writes to the images, or has no score for any sample.
+    returns a wrong type, shape or dtype, an infinite score, or writes to the images. All scores may be missing: a batch
+    can be the images of one prompt.
     """
-    size = len(batch)
     chunks = _chunks(reward, batch)
     outputs = [_score_chunk(reward, batch if len(chunks) == 1 else batch.select(index)) for index in chunks]
     if len(outputs) == 1:
-        output = outputs[0]
-    else:
-        output = _merge(outputs, torch.argsort(torch.cat(chunks)))
-    if size and not bool(output.valid.any()):
-        raise RewardError(f"reward '{reward.name}' has no score for any of {size} images (all NaN): repair the reward")
-    return output
+        return outputs[0]
+    return _merge(outputs, torch.argsort(torch.cat(chunks)))
 
 
 def _chunks(reward: Reward, batch: RewardBatch) -> list[Tensor]:

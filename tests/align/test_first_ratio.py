@@ -42,7 +42,7 @@ def test_first_ratio_is_one(begin, kernel, guidance):
     """Rollouts of three images, training batches of seven pairs of different times: only rounding may differ."""
     run = begin(kernel, guidance)
     samples = [5, 2, 7, 0, 3]
-    batch = collect(run, _prompts(run, 0), samples, 0, 0, lambda *_: None)
+    batch = collect(run, _prompts(run, 0), samples, 0, 0, lambda *_: None, with_values=True)
     columns = len(batch.plan.stochastic)
     assert columns == 4
     advantages = torch.ones(len(samples), columns)

@@ -56,7 +56,7 @@ def test_scores_land_at_their_global_index(accelerator):
 
 
 def test_the_average_of_no_scores_is_no_number(accelerator):
-    scores = gather_scores(accelerator, {"f": torch.zeros(0)}, ["f"], [], 3)
+    scores = gather_scores(accelerator, {"f": torch.zeros(0)}, ["f"], [], 0)
     assert scores.mean("f") != scores.mean("f")
 
 
@@ -101,7 +101,15 @@ def test_a_broken_reward_travels_to_the_collective_and_stops_the_run_with_its_ow
     assert words in str(caught.value)
 
 
-def test_a_reward_without_any_score_is_broken_not_zero():
-    problem = local(mine=lambda images, prompts, metadata: [None] * 4)
-    assert isinstance(problem, RewardError)
-    assert "no score for any of 4 images" in str(problem)
+def test_a_reward_without_any_score_is_broken_not_zero(accelerator):
+    found = local(mine=lambda images, prompts, metadata: [None] * 4)
+    with pytest.raises(UserError, match=r"^reward 'mine' has no score for any of 4 images \(all NaN\): repair"):
+        gather_scores(accelerator, found, ["mine"], [0, 1, 2, 3], 4)
+
+
+def test_scores_of_several_states_keep_their_columns_and_report_the_final_one(accelerator):
+    table = torch.tensor([[1.0, 2.0, 3.0], [4.0, float("nan"), 6.0]])
+    scores = gather_scores(accelerator, {"f": table}, ["f"], [2, 0], 3, (3,))
+    assert torch.equal(scores.values["f"][[2, 0]].nan_to_num(-1), table.nan_to_num(-1))
+    assert scores.valid["f"].tolist() == [[True, False, True], [False] * 3, [True] * 3]
+    assert scores.mean("f") == 4.5

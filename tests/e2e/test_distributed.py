@@ -28,6 +28,14 @@ CHANGES = {
         "advantage": {"std_floor": 0.05},
         "train": {"iterations": 3, "updates_per_iteration": 2},
     },
+    "tp_grpo": {
+        "sampler": {"plan": "sliding", "window_size": 2, "window_every": 1, "num_steps": 5},
+        "credit": {"turning_point": {"consistent": False}},
+        "objective": {"clip_range": 0.5},
+        "optim": {"lr": 3e-4},
+        "advantage": {"std_floor": 0.05},
+        "train": {"iterations": 3},
+    },
 }
 
 
@@ -39,11 +47,11 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         assert a["nfe"] == b["nfe"]
-        names = [k for k in a if k.startswith(("reward/", "eval/", "train/", "values/", "sample/"))]
+        names = [k for k in a if k.startswith(("reward/", "eval/", "train/", "values/", "sample/", "credit/"))]
         assert {k: a[k] for k in names} == pytest.approx({k: b[k] for k in names}, rel=1e-5, abs=1e-5)
 
 
-@pytest.fixture(params=["flow_grpo", "nft", "dense_grpo"])
+@pytest.fixture(params=["flow_grpo", "nft", "dense_grpo", "tp_grpo"])
 def alone(request, tmp_path, write_config, train_here) -> tuple[Path, Path]:
     """A configuration and the folder of its run on one process."""
     config = write_config(tmp_path, request.param, CHANGES[request.param])

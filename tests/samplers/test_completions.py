@@ -70,8 +70,9 @@ def test_the_wavefront_gives_what_one_completion_at_a_time_gives(kernel, plan, o
         Field(), x0, cond, SD3_10, PLANS[plan], kernel, LEVELS[kernel], noise, completions=CompletionPlan(ode_steps)
     )
     assert len(found.completions) == len(PLANS[plan].stochastic)
+    # kernels compute in float32 whatever comes in, so bit for bit is the strongest statement there is
     for k, clean in zip(PLANS[plan].stochastic, found.completions, strict=True):
-        torch.testing.assert_close(clean, naive(Field(), found.states[k], cond, k, ode_steps), atol=1e-6, rtol=1e-6)
+        assert torch.equal(clean, naive(Field(), found.states[k], cond, k, ode_steps))
 
 
 def test_completions_do_not_change_the_trajectory():
