@@ -1,8 +1,8 @@
 """The noise table of a run: measured with the initial policy, stored with what it was measured for, found again.
 
 The search itself is `samplers.calibration` (DenseGRPO, arXiv 2601.20218). A table is the JSON object that is stored:
-`fingerprint`, `sigma` and `multiplier` (T numbers), `nfe` (network evaluations it took), `settled`, and per iteration
-`history` (sigmas), `up` and `down` (shares of samples that gained and lost, a number for each searched step).
+`fingerprint`, `sigma` and `multiplier` (T numbers), `nfe` (network evaluations it took), `seconds`, `settled`, and per
+iteration `history` (sigmas), `up` and `down` (shares of samples that gained and lost, a number for each searched step).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,28 +29,46 @@ from align.collect import Report, collect, score_values
 from align.config import Config
 from align.errors import UserError
 from align.prompts import Prompt, prompt_indices
-from align.psi_chart import draw_chart, ends
+from align.psi_chart import draw_chart, ends, searched_steps
 from align.run import Run, restore_rng, rng_state, start, used_prompts
 from align.tracking import write_json
 from rewards.combine import combine
-from samplers.calibration import CalibrationResult, calibrate_table
-from samplers.plans import full_plan
+from samplers.calibration import HARDLY_MEASURED, CalibrationResult, calibrate_table
+from samplers.config import SamplerConfig
+from samplers.plans import Plan, full_plan
 
 # Prompts and noise are named by (seed, iteration); training never counts this far, so no name is used twice.
 FIRST_ITERATION = 2**32
 
 
+def plan_to_search(sampler: SamplerConfig) -> Plan:
+    """The steps whose noise is measured: those of the run if they are always the same, else all but the last.
+
+    The states before a step depend on which steps before it are stochastic, so a window that cannot move is measured as
+    it is trained, and at no more cost.
+    """
+    low, high = sampler.window_bounds()
+    fixed = sampler.plan == "full" or high - low == sampler.window_size
+    return sampler.make_plan(0, 0) if fixed else full_plan(sampler.num_steps)
+
+
 def fingerprint(run: Run) -> dict[str, Any]:
-    """What a table depends on, as plain JSON data; `calibration` is recorded too, but a table may be used without it."""
+    """What a table depends on, as plain JSON data; `calibration` is recorded too, but a table may be used without it.
+
+    Files are named and not read: a model folder or prompt file rewritten in place is not noticed.
+    """
     config = run.config
     trained = {name: reward for name, reward in config.rewards.items() if reward.weight != 0}
     found = {
         "model": config.model.path,
         "revision": config.model.revision,
+        "precision": config.model.precision,
         "adapter": config.model.lora.init_from,
         "resolution": config.model.resolution or run.model.native_resolution,
         "kernel": config.sampler.kernel,
-        "grid": [round(float(t), 6) for t in run.grid],
+        "grid": rounded_grid(run.grid),
+        "stochastic": plan_to_search(config.sampler).stochastic,
+        "prompts": config.prompts.train,
         "guidance_scale": config.sampler.guidance_scale,
         "completions": {
             "ode_steps": config.completions.ode_steps,
@@ -59,6 +78,11 @@ def fingerprint(run: Run) -> dict[str, Any]:
         "calibration": dataclasses.asdict(config.calibration),
     }
     return json.loads(json.dumps(found, default=str))  # as it will be read back: lists for tuples, text for keys
+
+
+def rounded_grid(grid: Tensor) -> list[float]:
+    """The times (T+1,) as a table has them."""
+    return [round(float(t), 6) for t in grid]
 
 
 def cache_path(config: Config, wanted: Mapping[str, Any]) -> Path:
@@ -77,7 +101,7 @@ def load_table(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises: UserError if it is none, or listing every difference.
     """
-    table = _read_table(path)
+    table = read_table(path)
     old, new = (_flat({k: v for k, v in f.items() if k != "calibration"}) for f in (table["fingerprint"], wanted))
     lines = [
         f"{key}: {_shown(old, key)} in the table, {_shown(new, key)} in this run"
@@ -95,12 +119,14 @@ def load_table(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return table
 
 
-def _read_table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
+    """Read a table, whatever it was made for. Raises: UserError if it is none."""
     if not path.is_file():
         raise UserError(f"sampler.psi: no file {path}; write it with align calibrate, or use sampler.psi=auto")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        sound = isinstance(table["fingerprint"], dict) and isinstance(table["nfe"], int)
+        sound = isinstance(table["fingerprint"]["grid"], list) and isinstance(table["nfe"], int)
+        sound = sound and isinstance(table.get("seconds", 0.0), int | float)
         sound = sound and all(isinstance(s, float) and 0 < s < math.inf for s in table["sigma"])
     except (OSError, ValueError, TypeError, KeyError):
         sound = False
@@ -120,7 +146,7 @@ def _shown(flat: Mapping[str, Any], key: str) -> str:
 
 
 class Stopped(UserError):
-    """Asked to stop (SIGTERM) before the calibration was done."""
+    """Asked to stop (SIGTERM) before the calibration was done; what was measured is kept."""
 
 
 def apply_psi(run: Run) -> None:
@@ -139,12 +165,14 @@ def psi_table(run: Run, report: Report) -> Tensor:
 
     auto: the run's own psi.json, else the cache, else a calibration, which is cached. A path: that file. The run's
     folder gets a copy, and a run that continues (call this after its checkpoint is restored) takes that one. The
-    network evaluations of the calibration are charged to the run, cached or not, so that methods compare honestly.
+    network evaluations and the seconds of the calibration are charged to the run, cached or not, so that methods compare
+    honestly. One that was cut short goes on from the run's psi.partial.json.
 
     Raises: UserError for a table made for other settings or a continued run without its table; Stopped.
     """
     config, wanted, resumed = run.config, fingerprint(run), run.counters.iteration > 0
     own, cached = config.run_dir / "psi.json", cache_path(config, wanted)
+    partial = partial_path(own)
     if resumed and own.is_file():
         table: dict[str, Any] | None = load_table(own, wanted)
     elif config.sampler.psi != "auto":
@@ -155,34 +183,53 @@ def psi_table(run: Run, report: Report) -> Tensor:
         if table is None and resumed:
             raise UserError(f"{own} is missing: copy it from the run that wrote the checkpoint, or choose another name")
         if table is None:
-            table = calibrate(run, report)
+            table = calibrate(run, report, partial)
             if run.main:
                 save_table(cached, table)
     assert table is not None
     if run.main:
         save_table(own, table)
+        partial.unlink(missing_ok=True)
     if not resumed:
-        run.counters.nfe = table["nfe"]  # set, not added: a run stopped before its first iteration comes here twice
+        # set, not added: a run stopped before its first iteration comes here twice
+        run.counters.nfe, run.counters.seconds = table["nfe"], table.get("seconds", 0.0)
     run.accelerator.wait_for_everyone()
     return torch.tensor(table["sigma"], dtype=torch.float64)
 
 
 def _exact(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """The table at `path` if there is one with this very fingerprint."""
-    table = _read_table(path) if path.is_file() else None
+    table = read_table(path) if path.is_file() else None
     return table if table is not None and table["fingerprint"] == wanted else None
 
 
-def calibrate(run: Run, report: Report) -> dict[str, Any]:
+def partial_path(table: Path) -> Path:
+    """Where an unfinished calibration keeps what it has measured, given where its table will go."""
+    return table.with_name(f"{table.stem}.partial.json")
+
+
+def _unfinished(partial: Path | None, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What was kept of the calibration with this very fingerprint, or an empty start; see `calibrate_table` for counts."""
+    try:
+        found = json.loads(partial.read_text(encoding="utf-8")) if partial is not None else None
+    except (OSError, ValueError):
+        found = None
+    if isinstance(found, dict) and found.get("fingerprint") == wanted:
+        return found
+    return {"fingerprint": wanted, "nfe": 0, "seconds": 0.0, "counts": []}
+
+
+def calibrate(run: Run, report: Report, partial: Path | None = None) -> dict[str, Any]:
     """Measure the table with the present weights, which should be the initial ones; all processes call it.
 
-    Every step but the last is stochastic, whatever window the run trains. Prompts are the training prompts that the run
-    visits, in another order and each once as far as they suffice; noise is not training's either. The generators that
-    rewards may draw from are left as they were.
+    The stochastic steps are those of `plan_to_search`. Prompts are the training prompts that the run visits, in another
+    order and each once as far as they suffice; noise is not training's either. The generators that rewards may draw
+    from are left as they were. partial: file that keeps what is measured after every iteration and from which the same
+    calibration goes on exactly; who stores the table deletes it.
 
     Raises: UserError for a broken reward or too many missing scores; Stopped when asked to stop.
     """
-    settings, plan = run.config.calibration, full_plan(run.config.sampler.num_steps)
+    settings, plan = run.config.calibration, plan_to_search(run.config.sampler)
     processes, rank = run.accelerator.num_processes, run.accelerator.process_index
     if settings.samples < processes:
         raise UserError(f"calibration.samples: {settings.samples} images cannot be split over {processes} processes")
@@ -190,18 +237,20 @@ def calibrate(run: Run, report: Report) -> dict[str, Any]:
     weights = {name: reward.weight for name, reward in trial.config.rewards.items()}
     mine = list(range(settings.samples))[rank::processes]
     groups = math.ceil(settings.samples / trial.config.train.group_size)
-    spent = 0
+    state = _unfinished(partial, fingerprint(run))
+    run.accelerator.wait_for_everyone()  # nobody writes or deletes it before all have looked
+    started = time.perf_counter() - state["seconds"]
 
     def gains(sigmas: Tensor, iteration: int) -> Tensor:
-        nonlocal spent
         if run.stop_requested():
-            raise Stopped("stopped before the calibration was done; no table was written")
+            raise Stopped("stopped before the calibration was done; the same command continues it")
         number = FIRST_ITERATION + iteration
+        set_seed((settings.seed + iteration) % 2**32)  # each iteration its own, so that one can go on from any of them
         prompts = [pool[i] for i in prompt_indices(len(pool), groups, number, settings.seed)]
         trial.noise_levels = sigmas
         batch = collect(trial, prompts, mine, number, settings.seed, _silent, with_values=True, plan=plan)
         scores = score_values(trial, prompts, batch, settings.samples, _silent)
-        spent += run.total(batch.nfe)
+        state["nfe"] += run.total(batch.nfe)
         values, valid = combine(scores.values, scores.valid, weights)
         missing = 1 - float(valid.double().mean())
         if missing > run.config.train.max_invalid_fraction:
@@ -210,29 +259,46 @@ def calibrate(run: Run, report: Report) -> dict[str, Any]:
             )
         return values.diff(dim=1)
 
-    before = rng_state()
-    set_seed(settings.seed)
+    def keep(counts: Tensor) -> None:
+        state["counts"].append(counts.tolist())
+        state["seconds"] = time.perf_counter() - started
+        if run.main and partial is not None:
+            write_json(partial, state)
+
+    before, done = rng_state(), [torch.tensor(counts) for counts in state["counts"]]
     try:
-        result = calibrate_table(gains, run.grid, plan.stochastic, settings, report)
+        result = calibrate_table(gains, run.grid, plan.stochastic, settings, report, done, keep)
     finally:
         restore_rng(before)
+    _warn(run, result, plan)
+    return _table(result, state)
+
+
+def _warn(run: Run, result: CalibrationResult, plan: Plan) -> None:
     if not result.settled:
-        last = f"the noise table still moved after {settings.iterations} iterations"
+        last = f"the noise table still moved after {result.iterations} iterations"
         run.warn_once("psi", f"{last}; if its chart shows a drift and not a jitter, raise calibration.iterations")
-    return _table(result, fingerprint(run), spent)
+    weak = [str(k) for k, hardly in zip(plan.stochastic, result.hardly_measured().tolist(), strict=True) if hardly]
+    if weak:
+        run.warn_once(
+            "psi_hardly",
+            f"the noise of step(s) {', '.join(weak)} was hardly measured: fewer than {HARDLY_MEASURED:.0%} of the images "
+            "gained or lost reward there, so the level found says little; use a finer reward, or a window without them",
+        )
 
 
-def _table(result: CalibrationResult, made_for: dict[str, Any], nfe: int) -> dict[str, Any]:
+def _table(result: CalibrationResult, state: Mapping[str, Any]) -> dict[str, Any]:
     def rounded(values: Tensor) -> list[list[float]]:
         return [[round(x, 6) for x in row] for row in values.tolist()]
 
     return {
-        "fingerprint": made_for,
+        "fingerprint": state["fingerprint"],
         "sigma": result.sigmas.tolist(),
         "multiplier": result.multipliers.tolist(),
         "settled": result.settled,
         "iterations": result.iterations,
-        "nfe": nfe,
+        "nfe": state["nfe"],
+        "seconds": round(state["seconds"], 3),
         "history": rounded(result.history),
         "up": rounded(result.up),
         "down": rounded(result.down),
@@ -260,15 +326,17 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 @contextlib.contextmanager
 def calibration_progress(console: Console) -> Iterator[Report]:
-    """A report that shows the calibration as a progress bar; the bar appears with the first report."""
+    """A report that shows the calibration as a bar, from the first report on, or as a line every ten iterations."""
     columns = (TextColumn("calibrating noise"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         tasks: list[Any] = []
 
         def report(stage: str, done: int, total: int) -> None:
             if not tasks:
-                tasks.append(bar.add_task(stage))
+                tasks.append(bar.add_task(stage, completed=done))
             bar.update(tasks[0], completed=done, total=total)
+            if not console.is_terminal and (done % 10 == 0 or done == total):
+                console.print(f"calibrating noise: {done} of {total} iterations", highlight=False)
 
         yield report
 
@@ -292,11 +360,12 @@ def run_calibration(config: Config, out: Path | None, console: Console) -> Path:
             checkpoint=dataclasses.replace(config.checkpoint, resume="auto"),
         )
         run = start(plain, console)
+        path = out or cache_path(config, fingerprint(run))
         with calibration_progress(run.console) as report:
-            table = calibrate(run, report)
-        path = out or cache_path(config, table["fingerprint"])
+            table = calibrate(run, report, partial_path(path))
         if run.main:
             save_table(path, table)
+            partial_path(path).unlink(missing_ok=True)
             draw_chart(path.with_suffix(".png"), table)
         run.console.print(_summary(table))
         run.console.print(f"table  {path}\nchart  {path.with_suffix('.png')}", highlight=False, soft_wrap=True)
@@ -309,9 +378,10 @@ def _summary(table: Mapping[str, Any]) -> Table:
     shown = Table(title=title, title_justify="left", title_style="bold")
     for column in ("step", "t", "sigma before", "sigma", "multiplier", "gain > 0", "gain < 0"):
         shown.add_column(column, justify="right")
-    up, down = ends(table["up"])[1], ends(table["down"])[1]
+    last = zip(ends(table["up"])[1], ends(table["down"])[1], strict=True)
+    found = dict(zip(searched_steps(table), last, strict=True))
     for k, sigma in enumerate(table["sigma"]):
-        shares = (f"{up[k]:.0%}", f"{down[k]:.0%}") if k < len(up) else ("-", "-")
+        shares = [f"{share:.0%}" for share in found[k]] if k in found else ["-", "-"]
         numbers = [table["fingerprint"]["grid"][k], table["history"][0][k], sigma, table["multiplier"][k]]
         shown.add_row(str(k), *(f"{x:.3f}" for x in numbers), *shares)
     return shown

@@ -44,7 +44,7 @@ class Counters:
     nfe: int = 0
     """Network evaluations over all images and processes: a forward is 1, a backward 2 (3 with checkpointing)."""
     seconds: float = 0.0
-    """Wall time of the iterations, without evaluations."""
+    """Wall time of the iterations and of the calibration, without evaluations."""
     skipped_updates: int = 0
     """Updates skipped for a non-finite gradient."""
     consecutive_bad: int = 0

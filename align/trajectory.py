@@ -6,7 +6,6 @@ everything is sampled as the run trains it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from align.calibrate import read_table, rounded_grid
 from align.collect import guided
 from align.config import Config, load_config
 from align.errors import UserError
@@ -112,7 +112,6 @@ def sample_trajectories(
     """
     sampler = _sampler(setup, num_steps, guidance)
     weights = _weights(setup, reward_names)
-    kernel, levels, label = _noise(sampler)
     model, plan = setup.model, sampler.make_plan(setup.seed, 0)
     model.guidance_scale = sampler.guidance_scale
     grid = make_grid(
@@ -122,6 +121,7 @@ def sample_trajectories(
         shift=sampler.shift,
         custom=sampler.custom_grid,
     ).to(model.device)
+    kernel, levels, label = _noise(sampler, grid)
     trajectory = _roll(setup, prompt, samples, sampler, plan, grid, kernel, levels)
     columns = [model.decode(latents, ROWS_AT_ONCE) for latents in (*trajectory.completions, trajectory.final)]
     rewards = chosen_rewards(setup, list(weights))
@@ -171,20 +171,20 @@ def _weights(setup: Setup, names: Sequence[str]) -> dict[str, float]:
     return {name: weight or 1.0 for name, weight in weights.items()}
 
 
-def _noise(sampler: SamplerConfig) -> tuple[str, float | Tensor, str]:
+def _noise(sampler: SamplerConfig, grid: Tensor) -> tuple[str, float | Tensor, str]:
     """(kernel, noise level or one per step, both in words); a run trained on a noise table is shown with that table."""
     if sampler.psi is None:
         return sampler.kernel, sampler.noise_level, f"{sampler.kernel} {sampler.noise_level:g}"
     if sampler.psi == "auto":
         raise UserError("sampler.psi: no noise table has been measured yet; show a run that was trained with one")
     path = Path(sampler.psi)
-    try:
-        levels = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["sigma"], dtype=torch.float64)
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"sampler.psi: {path} is no table that align calibrate wrote") from None
-    if levels.shape != (sampler.num_steps,):
-        raise UserError(f"{path}: has {levels.numel()} noise levels for {sampler.num_steps} steps; leave out --steps")
-    return "psi_sde", levels, "calibrated noise"
+    table, times = read_table(path), rounded_grid(grid)
+    if table["fingerprint"]["grid"] != times or len(table["sigma"]) != len(times) - 1:
+        raise UserError(
+            f"{path}: has noise levels for {len(table['sigma'])} steps at other times than the {len(times) - 1} of this "
+            "grid; leave out --steps, or run align calibrate again"
+        )
+    return "psi_sde", torch.tensor(table["sigma"], dtype=torch.float64), "calibrated noise"
 
 
 def _roll(

@@ -134,8 +134,8 @@ def add(method: str, seed: int, folder: Path) -> None:
     rows = curves.run_rows(method, seed, folder)
     calibration = calibration_row(load()["rows"], method)
     if calibration is not None:
-        for row in rows:  # the run counts the evaluations of its table from its first iteration on, and no seconds
-            row["seconds"] = round(row["seconds"] + calibration["seconds"], 1)
+        for row in rows:  # the run counts what its table took from its first iteration on
+            row["seconds"] = max(row["seconds"], calibration["seconds"])
             row["nfe"] = max(row["nfe"], calibration["nfe"])
     columns: dict[str, list[float]] = {}
     for row in metric_rows(folder / "metrics.jsonl")[0]:

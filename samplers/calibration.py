@@ -21,6 +21,8 @@ SETTLED_OVER = 10
 """Iterations that the table must keep still before the search ends, and that the result is the mean of."""
 SETTLED_STEPS = 3
 """How far, in steps, an entry may be from where it was that many iterations before."""
+HARDLY_MEASURED = 0.05
+"""Share of samples with a gain other than 0 below which the level of a step says little."""
 
 
 @dataclass
@@ -93,6 +95,10 @@ class CalibrationResult:
         """Iterations done."""
         return len(self.up)
 
+    def hardly_measured(self) -> Tensor:
+        """Whether, over the last 10 iterations, almost no sample gained or lost at each of the S steps: (S,) bool."""
+        return (self.up + self.down)[-SETTLED_OVER:].mean(dim=0) < HARDLY_MEASURED
+
 
 def flow_sde_sigmas(grid: Tensor, level: float) -> Tensor:
     """Diffusion `a sqrt(t / (1 - t))` of each step of a grid (T+1,) -> (T,) float64 (Flow-GRPO, arXiv 2505.05470).
@@ -149,12 +155,17 @@ def calibrate_table(
     plan_steps: Sequence[int],
     config: CalibrationConfig,
     report: Callable[[str, int, int], None] | None = None,
+    done: Sequence[Tensor] = (),
+    keep: Callable[[Tensor], None] | None = None,
 ) -> CalibrationResult:
     """Search the table of a grid (T+1,), starting from the Flow-SDE of level `config.init` (arXiv 2601.20218).
 
     `gains(sigmas (T,), iteration)` samples with these noise levels and returns the gains (N, S) at the S `plan_steps`,
     NaN where one is missing. Steps outside the plan keep their initial entry. The result is the mean of the last 10
-    tables, or of all that were made if fewer. Raises ValueError if the gains do not have S columns.
+    tables, or of all that were made if fewer. An iteration is no more than three counts of samples for each step: who
+    gained, who lost, who has a gain at all. `keep` gets them, (3, S) int64, and a search that is given them again as
+    `done` takes them for its first iterations and goes on from there exactly. Raises ValueError if the gains do not have
+    S columns.
     """
     steps, factor = list(plan_steps), flow_sde_sigmas(grid, 1.0)
     unit = factor if config.param == "multiplier" else torch.ones_like(factor)
@@ -163,14 +174,17 @@ def calibrate_table(
     trained[steps] = True
     history, shares, still = [initial], [], False
     for iteration in range(config.iterations):
-        if report is not None:
-            report("calibrating", iteration, config.iterations)
-        found = gains(history[-1] * unit, iteration).detach().cpu()
-        if found.dim() != 2 or found.shape[1] != len(steps):
-            raise ValueError(f"gains must have a column for each of {len(steps)} steps, got {tuple(found.shape)}")
+        if iteration < len(done):
+            counted = done[iteration]
+        else:
+            if report is not None:
+                report("calibrating", iteration, config.iterations)
+            counted = _count(gains(history[-1] * unit, iteration), len(steps))
+            if keep is not None:
+                keep(counted)
         counts = torch.zeros(2, len(factor))
-        counts[:, steps] = torch.stack([(found > 0).sum(dim=0), (found < 0).sum(dim=0)]).float()
-        shares.append(counts[:, steps] / (~found.isnan()).sum(dim=0).clamp(min=1))
+        counts[:, steps] = counted[:2].float()
+        shares.append(counted[:2] / counted[2].clamp(min=1))
         history.append(update_table(history[-1], counts[0], counts[1], config, initial, trained))
         still = settled(history, config.step)
         if still:
@@ -181,3 +195,10 @@ def calibrate_table(
     sigmas = torch.where(trained, sigmas, initial * unit)
     up, down = torch.stack(shares).unbind(dim=1)
     return CalibrationResult(sigmas, sigmas / factor, torch.stack(history) * unit, up, down, still)
+
+
+def _count(gains: Tensor, steps: int) -> Tensor:
+    # (N, S) gains -> (3, S) int64: how many are above 0, below 0, and there at all
+    if gains.dim() != 2 or gains.shape[1] != steps:
+        raise ValueError(f"gains must have a column for each of {steps} steps, got {tuple(gains.shape)}")
+    return torch.stack([(gains > 0).sum(dim=0), (gains < 0).sum(dim=0), (~gains.isnan()).sum(dim=0)]).cpu()

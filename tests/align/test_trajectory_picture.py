@@ -182,13 +182,17 @@ def test_a_calibrated_table_is_the_runs_own(sampled, tmp_path):
         sampled([0], changes=changes)
     table = tmp_path / "run" / "psi.json"
     table.parent.mkdir()
-    table.write_text(json.dumps({"sigma": [0.8, 0.4, 0.1]}))
-    assert "calibrated noise" in sampled([0], changes=changes).note
-    with pytest.raises(UserError, match="has 3 noise levels for 5 steps"):
-        sampled([0], changes=changes, num_steps=5)
-    table.write_text("{}")
-    with pytest.raises(UserError, match="no table that align calibrate wrote"):
+    linear = {"sampler": {"psi": "auto", "grid": "linspace_shift", "shift": 1.0}}
+    grid = [1.0, 0.666667, 0.333333, 0.0]
+    table.write_text(json.dumps({"fingerprint": {"grid": grid}, "sigma": [0.8, 0.4, 0.1], "nfe": 1}))
+    assert "calibrated noise" in sampled([0], changes=linear).note
+    with pytest.raises(UserError, match="for 3 steps at other times than the 5 of this grid; leave out --steps"):
+        sampled([0], changes=linear, num_steps=5)
+    with pytest.raises(UserError, match="for 3 steps at other times than the 3 of this grid"):
         sampled([0], changes=changes)
+    table.write_text("{}")
+    with pytest.raises(UserError, match="not a table that align calibrate wrote"):
+        sampled([0], changes=linear)
 
 
 def test_the_metadata_of_a_known_prompt_comes_with_it(tmp_path, write_config):

@@ -216,6 +216,42 @@ def test_zero_and_missing_gains_count_in_neither_and_never_give_nan():
     assert bool(result.history.isfinite().all())
 
 
+def test_a_search_goes_on_from_its_counts_exactly():
+    config, kept, seen = CalibrationConfig(iterations=14, samples=64), [], []
+
+    def gains(sigmas, iteration):
+        seen.append(iteration)
+        generator = torch.Generator().manual_seed(iteration)
+        found = toy_gains(sigmas_to_multipliers(sigmas, SD3_10)[2:5], 64, generator)
+        found[: iteration % 3] = math.nan
+        return found
+
+    whole = calibrate_table(gains, SD3_10, range(2, 5), config, keep=kept.append)
+    assert len(kept) == 14
+    assert kept[2].sum(dim=0).tolist() == [2 * 62] * 3  # two of 64 are missing, the others gained or lost
+    seen.clear()
+    again = calibrate_table(gains, SD3_10, range(2, 5), config, done=kept[:7])
+    assert seen == list(range(7, 14))
+    for name in ("sigmas", "multipliers", "history", "up", "down"):
+        assert torch.equal(getattr(again, name), getattr(whole, name))
+    assert calibrate_table(gains, SD3_10, range(2, 5), config, done=kept).sigmas.equal(whole.sigmas)
+    assert seen == list(range(7, 14))
+
+
+def test_a_step_that_almost_nobody_gains_or_loses_by_is_hardly_measured():
+    def gains(_, iteration):
+        found = torch.zeros(100, 4)
+        found[:, 0] = math.nan
+        found[: 3 if iteration % 2 else 6, 1] = 1.0  # 4.5 % on average
+        found[:5, 2] = -1.0
+        found[:, 3] = float(iteration < 2)  # only before the last ten iterations
+        return found
+
+    result = calibrate_table(gains, SD3_10, range(4), CalibrationConfig(iterations=12, step=0.1))
+    assert result.iterations == 12
+    assert result.hardly_measured().tolist() == [True, True, False, True]
+
+
 def test_settled_needs_ten_iterations_and_at_most_three_steps():
     still = [torch.tensor([0.5, 0.2])] * 10
     assert not settled(still, 0.01)
