@@ -36,12 +36,17 @@ CHART = ROOT / "docs" / "assets" / "credit_psi.png"
 SHARED_TABLE = "sampler.psi=auto"
 # name -> configuration and overrides; all but nft differ in nothing but the rule of credit (and its noise table)
 DENSE = "configs/playground/dense_grpo.yaml"
+EARLY = ["sampler.window_size=5", "sampler.window_range=[0,5]"]
 METHODS: dict[str, tuple[str, list[str]]] = {
     "terminal": (DENSE, ["credit.rule=terminal"]),
     "value": (DENSE, ["credit.rule=value"]),
     "gain": (DENSE, ["credit.rule=gain"]),
     "gain_psi": (DENSE, ["credit.rule=gain", SHARED_TABLE]),
     "turning_point": (DENSE, ["credit.rule=turning_point"]),
+    # the window of configs/playground/flow_grpo.yaml, where the terminal reward learns best
+    "terminal_early": (DENSE, ["credit.rule=terminal", *EARLY]),
+    "value_early": (DENSE, ["credit.rule=value", *EARLY]),
+    "gain_early": (DENSE, ["credit.rule=gain", *EARLY]),
     "nft": ("configs/demo.yaml", []),
 }
 COLOURS = {
@@ -50,10 +55,13 @@ COLOURS = {
     "gain": "#1a7f37",
     "gain_psi": "#0b9aa2",
     "turning_point": "#8250df",
+    "terminal_early": "#f0a57f",
+    "value_early": "#c9b48a",
+    "gain_early": "#7cc48d",
     "nft": "#6e7781",
 }
 PAGES = {
-    "docs/methods/dense-grpo.md": ["terminal", "value", "gain", "gain_psi", "nft"],
+    "docs/methods/dense-grpo.md": [m for m in METHODS if m != "turning_point"],
     "docs/methods/tp-grpo.md": ["terminal", "gain", "turning_point", "nft"],
 }
 KEPT = ("credit/", "values/", "gain/")
