@@ -123,7 +123,7 @@ def test_step_rewards_on_a_calibrated_noise_table_continue_exactly(write_config,
 def test_killed_at_random_moments_in_a_row(configure, train_here, tmp_path):
     config = configure("nft", every=1)
     draw = random.Random(0)
-    for _ in range(4):
+    for _ in range(10):
         # an iteration here takes some 0.1 s, most of it training, averaging, and writing the checkpoint
         killed(config, call=draw.randint(1, 4), delay=draw.uniform(0.01, 0.2))
         assert_complete(tmp_path / "disturbed")
