@@ -14,7 +14,7 @@ from align.models.base import Conditioning, ImageModel
 from align.prompts import Prompt
 from align.run import Run
 from align.scoring import Scores, gather_scores, try_score
-from rewards.base import RewardError
+from rewards.base import Reward, RewardError
 from samplers.completions import CompletionPlan
 from samplers.noise import INITIAL_STREAM, keyed_normal
 from samplers.plans import Plan
@@ -211,31 +211,46 @@ def _rows_that_fit(run: Run, x: Tensor, cond: Conditioning, velocity: Velocity) 
 def score_values(run: Run, prompts: Sequence[Prompt], batch: Batch, total: int, report: Report) -> Scores:
     """Scores (total, C) of every process's samples: the S completions, if there are any, then the final image.
 
-    Images are decoded and scored in pieces and not kept; rewards that compare a group see whole columns. A reward of
-    weight 0 is only watched: it sees the final images alone.
+    A reward of weight 0 is only watched: it sees the final images alone. With shared noise the first completion is the
+    same for a whole group, and is decoded and judged once.
     """
     rewards = {name: run.rewards[name] for name in run.config.rewards}
     trained = {name: r for name, r in rewards.items() if run.config.rewards[name].weight != 0}
-    count = len(batch.samples)
     columns = [*batch.completions, batch.final]
-    table = {name: torch.full((count, len(columns)), float("nan")) for name in rewards}
-    report("scoring", 0, count * len(columns))
-    failure: RewardError | None = None
+    table = {name: torch.full((len(batch.samples), len(columns)), float("nan")) for name in rewards}
     for c, latents in enumerate(columns):
+        report("scoring", c, len(columns))
         judges = rewards if c == len(columns) - 1 else trained
         pointwise = all(reward.kind != "groupwise" for reward in judges.values())
-        size = max(run.config.train.rollout_batch, SCORED_AT_ONCE) if pointwise else count
-        for start in range(0, count, size):
-            rows = slice(start, start + size)
-            images = run.model.decode(latents[rows], run.config.train.rollout_batch)
-            owners = batch.groups[rows]
-            found = try_score(judges, images, [prompts[g] for g in owners], owners, batch.iteration)
-            if isinstance(found, RewardError):
-                failure = found
-                break
-            for name, scores in found.items():
-                table[name][rows, c] = scores
-            report("scoring", c * count + min(start + size, count), count * len(columns))
-        if failure is not None:
-            break
-    return gather_scores(run.accelerator, failure or table, list(rewards), batch.samples, total, (len(columns),))
+        once = c == 0 and len(columns) > 1 and run.config.sampler.shared_noise and pointwise
+        rows = [batch.groups.index(g) for g in dict.fromkeys(batch.groups)] if once else list(range(len(batch.samples)))
+        found = _judge(run, judges, latents, rows, prompts, batch, pointwise)
+        if isinstance(found, RewardError):
+            return gather_scores(run.accelerator, found, list(rewards), batch.samples, total, (len(columns),))
+        for name, scores in found.items():
+            table[name][:, c] = scores[batch.cond_rows] if once else scores
+    return gather_scores(run.accelerator, table, list(rewards), batch.samples, total, (len(columns),))
+
+
+def _judge(
+    run: Run,
+    judges: dict[str, Reward],
+    latents: Tensor,
+    rows: list[int],
+    prompts: Sequence[Prompt],
+    batch: Batch,
+    pointwise: bool,
+) -> dict[str, Tensor] | RewardError:
+    """Raw scores of `rows` by reward, decoded and judged in pieces that are not kept; or the first failure."""
+    size = max(run.config.train.rollout_batch, SCORED_AT_ONCE) if pointwise else len(rows)
+    pieces: dict[str, list[Tensor]] = {name: [] for name in judges}
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        images = run.model.decode(latents[some], run.config.train.rollout_batch)
+        owners = [batch.groups[i] for i in some]
+        found = try_score(judges, images, [prompts[g] for g in owners], owners, batch.iteration)
+        if isinstance(found, RewardError):
+            return found
+        for name, scores in found.items():
+            pieces[name].append(scores)
+    return {name: torch.cat(scores) for name, scores in pieces.items()}

@@ -101,6 +101,13 @@ def test_a_reward_that_is_only_watched_sees_final_images_alone(begin):
     assert metrics["reward/invalid_fraction"] == 0
 
 
+def test_the_shared_start_of_a_group_is_judged_once(begin):
+    run = begin({"sampler": {"shared_noise": True}})
+    judge = run.rewards["brightness"] = Judge()
+    run_iteration(run, quiet)
+    assert judge.images == 2 + 8 + 8  # two groups of four: their V_0, then the state before step 1 and the final images
+
+
 def test_a_prompt_that_cannot_be_judged_is_left_out_however_the_batch_is_cut(begin):
     run = begin({"train": {"rollout_batch": 2, "max_invalid_fraction": 0.6}})
     run.rewards["brightness"] = Judge(unknown=_prompts(run, 0)[0].text)
