@@ -123,7 +123,7 @@ def _recomputed(run: Run) -> float:
     if not run.config.model.gradient_checkpointing:
         return 0.0
     x = torch.zeros(1, *run.model.latent_shape, device=run.model.device)
-    cond = run.model.conditioning([run.train_prompts[0].text])
+    cond = run.model.conditioning(used_prompts(run.config, run.train_prompts)[:1])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run.model.velocity(x, torch.ones(1, device=x.device), cond)
     return float(counter.get_total_flops()) * run.shape.local_samples * run.shape.pairs_per_sample
