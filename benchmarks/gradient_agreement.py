@@ -34,10 +34,6 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "flow_grpo, all 9 steps, shared noise": ("configs/playground/flow_grpo.yaml", FULL[:1]),
     "flow_grpo, first 5 steps": ("configs/playground/flow_grpo.yaml", FULL[1:]),
     "flow_grpo, first 5 steps, shared noise": ("configs/playground/flow_grpo.yaml", []),
-    "the same, credit value": ("configs/playground/dense_grpo.yaml", ["credit.rule=value"]),
-    "the same, credit gain": ("configs/playground/dense_grpo.yaml", []),
-    "the same, credit turning_point": ("configs/playground/dense_grpo.yaml", ["credit.rule=turning_point"]),
-    "the same, credit gain, std over all samples": ("configs/playground/dense_grpo.yaml", ["advantage.std=global"]),
 }
 
 
@@ -46,8 +42,7 @@ def gradient(run: Run, iteration: int) -> torch.Tensor:
     run.counters.iteration = iteration
     prompts = policy_loop._prompts(run, iteration)
     samples = [i for update in local_order(run.shape, 0, run.config.train.seed, iteration) for i in update]
-    needs_values = run.config.credit.needs_values
-    batch = collect(run, prompts, samples, iteration, run.config.train.seed, lambda *_: None, with_values=needs_values)
+    batch = collect(run, prompts, samples, iteration, run.config.train.seed, lambda *_: None)
     scores = score_values(run, prompts, batch, run.shape.samples, lambda *_: None)
     advantages = policy_loop._advantages(run, batch.plan, scores, {})
     assert advantages is not None
