@@ -2,6 +2,7 @@
 # make test   lint, types and every test
 # make lint   lint and types only
 # make weights   pre-train the playground model again (tens of minutes)
+# make unet-weights   the same for the playground's U-Net, on that model's autoencoder and text encoder
 # make clean  remove caches and build products (keeps .venv and outputs)
 #
 # Variables: PYTHON=python3.12 chooses the interpreter, ARGS="key=value ..." overrides the demo's configuration.
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 THREADS = $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1))
 
-.PHONY: help demo test lint weights clean
+.PHONY: help demo test lint weights unet-weights clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -41,6 +42,10 @@ lint: $(VENV)/.installed-test
 weights: $(VENV)/.installed
 	@echo "pre-training the playground model into align/playground/weights"
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m align.playground.pretrain --out align/playground/weights $(ARGS)
+
+unet-weights: $(VENV)/.installed
+	@echo "pre-training the playground's U-Net into align/playground/unet_weights"
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m align.playground.pretrain --base unet --out align/playground/unet_weights $(ARGS)
 
 clean:
 	@echo "removing caches and build products"

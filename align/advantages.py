@@ -8,19 +8,27 @@ column by column.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from align.history import HistoryConfig
+
 StdScope = Literal["group", "global"]
+Baseline = Literal["group", "history"]
 
 
 @dataclass
 class AdvantageConfig:
     """How rewards become advantages."""
 
+    baseline: Baseline = "group"
+    """What a reward is compared with: "group" (the samples of its group) or "history" (all of its prompt, past ones
+    too; see `align.history`)."""
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    """The baseline "history"."""
     std: StdScope = "global"
     """Whose std divides: "group" (one prompt's samples) or "global" (the whole iteration's; 2505.05470, 2509.16117)."""
     eps: float = 1e-4
@@ -34,7 +42,9 @@ class AdvantageConfig:
 
     def validate(self) -> list[str]:
         """Return one line per error; empty when the settings are usable."""
-        errors = []
+        errors = [f"history.{line}" for line in self.history.validate()]
+        if self.baseline not in get_args(Baseline):
+            errors.append(f"baseline must be one of {', '.join(get_args(Baseline))}, got {self.baseline!r}")
         if self.std not in get_args(StdScope):
             errors.append(f"std must be one of {', '.join(get_args(StdScope))}, got {self.std!r}")
         if not (math.isfinite(self.eps) and self.eps > 0):

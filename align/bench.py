@@ -17,68 +17,19 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from align.config import Config
-from align.errors import UserError
-from align.models.base import DTYPES, Conditioning, ImageModel
+from align.models import random_weights
+from align.models.base import ImageModel
 from align.policy_loop import run_iteration
+from align.prompts import load_prompts
 from align.run import Run, environment, start, used_prompts
 from align.tracking import write_json
 
-# transformer and VAE of the public SD3.5-medium configuration: 2.24 B parameters
-SIZES: dict[str, dict[str, Any]] = {
-    "sd35-medium": {
-        "transformer": {
-            "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-            "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
-            "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
-            "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13)),
-        },
-        "vae": {
-            "latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
-            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609,
-            "use_quant_conv": False, "use_post_quant_conv": False,
-        },
-        "text_tokens": 77,
-    },
-}  # fmt: skip
-
 
 def random_model(size: str, config: Config, device: torch.device) -> ImageModel:
-    """A model of the true size with random weights and random prompt embeddings: enough to time and to measure memory."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-
-    from align.models.sd3 import SD3Model
-    from align.prompts import load_prompts
-
-    if size not in SIZES:
-        raise UserError(f"--random: no size '{size}'; one of {', '.join(SIZES)}")
-    parts = SIZES[size]
-    torch.manual_seed(0)
-    with torch.device(device):
-        torch.set_default_dtype(DTYPES[config.model.precision])
-        try:
-            transformer = SD3Transformer2DModel(**parts["transformer"])
-        finally:
-            torch.set_default_dtype(torch.float32)
-        vae = AutoencoderKL(**parts["vae"])
-    pipe = StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, None, None, None, None, None, None
-    )
-    model = SD3Model(pipe, config.model, device)
-    prompts = load_prompts(config.prompts.train)
+    """The model of `align.models.random_weights.SIZES` with random embeddings of every prompt that `config` uses."""
+    texts = used_prompts(config, load_prompts(config.prompts.train))
     evals = load_prompts(config.prompts.eval)[: config.eval.prompts]
-    shape = parts["transformer"]
-    tokens = parts["text_tokens"] + config.model.max_sequence_length
-    for text in ["", *used_prompts(config, prompts), *(p.text for p in evals)]:
-        embeds = torch.randn(1, tokens, shape["joint_attention_dim"]).to(model.dtype)
-        pooled = torch.randn(1, shape["pooled_projection_dim"]).to(model.dtype)
-        model.remember(text, Conditioning({"embeds": embeds, "pooled": pooled}))
-    return model
+    return random_weights.random_model(size, config.model, device, [*texts, *(p.text for p in evals)])
 
 
 def run_bench(config: Config, iterations: int, size: str | None, out: Path, console: Console) -> dict[str, Any]:

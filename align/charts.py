@@ -67,7 +67,7 @@ def line_chart(
     for s in series:
         parts.append(_line(axes, s))
         if s.points:
-            parts.append(_points(axes, s))
+            parts.append(_points(axes, s, named=len(series) > 1))
     return _svg(label, parts)
 
 
@@ -155,9 +155,10 @@ def histogram(values: Sequence[float], *, label: str, x_label: str, bins: int = 
     return _svg(label, parts)
 
 
-def interval_bar(low: float, middle: float, high: float, *, label: str) -> str:
-    """A confidence interval against zero in one line of text; the scale is its own, only its side of zero matters."""
-    reach = max(abs(low), abs(high), abs(middle)) * 1.08 or 1.0
+def interval_bar(low: float, middle: float, high: float, *, label: str, reach: float = 0.0) -> str:
+    """A confidence interval against zero in one line of text; its scale is its own unless `reach`, the most that any
+    bar beside it shows, is larger."""
+    reach = max(abs(low), abs(high), abs(middle), reach) * 1.08 or 1.0
     a, m, b = (60 + v / reach * 56 for v in (low, middle, high))
     kind = "gain" if low > 0 else "loss" if high < 0 else "flat"
     return (
@@ -273,14 +274,15 @@ def _line(axes: Axes, series: Series) -> str:
     return "".join(parts)
 
 
-def _points(axes: Axes, series: Series) -> str:
+def _points(axes: Axes, series: Series, named: bool) -> str:
     parts = []
+    name = f"{series.label}, " if named else ""
     for i, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
         if math.isfinite(x) and math.isfinite(y):
             spread = ""
             if series.high and math.isfinite(series.high[i]):
                 spread = f" ± {series.high[i] - y:.3g}"
-            parts.append(_dot(axes, x, y, series.style, 3, f"{axes.x_label} {compact(x)}: {y:.4g}{spread}"))
+            parts.append(_dot(axes, x, y, series.style, 3, f"{name}{axes.x_label} {compact(x)}: {y:.4g}{spread}"))
     return "".join(parts)
 
 

@@ -192,6 +192,38 @@ def report(run: Annotated[Path, typer.Argument(help="a run's folder")], debug: D
         console.print(f"report: {write_report(run)}", highlight=False, soft_wrap=True)
 
 
+@app.command("compare")
+def compare_command(
+    runs: Annotated[list[str], typer.Argument(help="folders of runs, finished or not", metavar="RUN...")],
+    prompts: Annotated[
+        str | None, typer.Option(help=".txt, .jsonl or playground:SPLIT (default: the first run's held-out prompts)")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="prompts in the grid")] = 8,
+    seed: Annotated[int | None, typer.Option(min=0, help="noise seed of the grid (default: the first run's)")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="a curve to draw, as in train/kl; repeatable (default: the rewards)")
+    ] = None,
+    x: Annotated[
+        list[str] | None, typer.Option("--x", help="iteration, nfe or seconds; repeatable (default: all three)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write (default: outputs/compare-A-B)")] = None,
+    no_grid: Annotated[bool, typer.Option("--no-grid", help="scores and curves only; loads no model")] = False,
+    debug: Debug = False,
+) -> None:
+    """Put runs side by side: scores with paired intervals, curves at equal cost, pictures from the same noise.
+
+    For example: align compare outputs/ddpo outputs/b2
+    """
+    console = Console()
+    with readable_errors(console, debug):
+        from align.compare import compare_runs
+
+        compare_runs(
+            runs, console, prompts=prompts, count=rows, seed=seed, metrics=metric or [], costs=x or [], out=out,
+            pictures=not no_grid,
+        )  # fmt: skip
+
+
 @app.command()
 def bench(
     config: Annotated[str, typer.Argument(help="YAML file of a run")],
@@ -200,7 +232,7 @@ def bench(
     ] = None,
     iterations: Annotated[int, typer.Option(min=1, help="timed iterations, after one warm-up")] = 3,
     random: Annotated[
-        str | None, typer.Option(help="time a model of this size with random weights: sd35-medium")
+        str | None, typer.Option(help="time a model of this size with random weights: sd15, sdxl or sd35-medium")
     ] = None,
     out: Annotated[Path, typer.Option(help="result file")] = Path("benchmarks/results/bench.json"),
     debug: Debug = False,

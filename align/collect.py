@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from align.run import Run
 from align.scoring import Scores, gather_scores, try_score
 from rewards.base import Reward, RewardError
 from samplers.completions import CompletionPlan
-from samplers.noise import INITIAL_STREAM, keyed_normal
+from samplers.noise import BRANCH_STREAM, INITIAL_STREAM, STEP_STREAM, keyed_normal
 from samplers.plans import Plan
 from samplers.rollout import Trajectory, Velocity, rollout, solve
 
@@ -43,7 +43,7 @@ class Batch:
     states: dict[int, Tensor]
     """step -> (n, C, h, w) stored states around stochastic steps; empty where no trajectory is needed."""
     log_probs: Tensor
-    """(n, S) float32."""
+    """(n, S) of `Run.log_prob_dtype`."""
     plan: Plan
     completions: list[Tensor]
     """S tensors (n, C, h, w): clean latents from the state before each stochastic step; empty without values."""
@@ -53,6 +53,22 @@ class Batch:
     def condition(self, rows: Tensor) -> Conditioning:
         """Conditioning of the samples at local indices `rows`."""
         return self.cond.take(self.cond_rows[rows])
+
+    def keep(self, rows: Tensor) -> Batch:
+        """The samples at local indices `rows` alone; what the others held is freed with this batch."""
+        picked = rows.tolist()
+        used, cond_rows = torch.unique(self.cond_rows[rows], return_inverse=True)
+        return replace(
+            self,
+            samples=[self.samples[i] for i in picked],
+            groups=[self.groups[i] for i in picked],
+            cond=self.cond.take(used),
+            cond_rows=cond_rows,
+            final=self.final[rows],
+            # one step at a time, so that no more than one is held twice
+            states={k: self.states.pop(k)[rows] for k in sorted(self.states)},
+            log_probs=self.log_probs[rows],
+        )
 
 
 def collect(
@@ -83,20 +99,15 @@ def collect(
     log_probs: list[Tensor] = []
     states: dict[int, list[Tensor]] = defaultdict(list)
     completions: dict[int, list[Tensor]] = defaultdict(list)
-    nfe = 0
     with run.old.applied() if run.old is not None else contextlib.nullcontext():
+        starts, nfe = _starts(run, conds, cond_rows, list(position) if plan.shared else samples, plan, iteration, seed)
         for start in range(0, len(samples), size):
             ids, owners = samples[start : start + size], groups[start : start + size]
             cond = conds.take(cond_rows[start : start + size])
-            noise = keyed_normal(
-                model.latent_shape,
-                seed=seed,
-                iteration=iteration,
-                samples=owners if config.sampler.shared_noise else ids,
-                step=0,
-                stream=INITIAL_STREAM,
-                device=model.device,
-            )
+            if plan.split:
+                noise = starts[cond_rows[start : start + size]] if plan.shared else starts[start : start + size]
+            else:
+                noise = _initial(run, owners if config.sampler.shared_start else ids, iteration, seed)
             if config.sampler.kernel == "ode":
                 finals.append(solve(model.velocity, noise, cond, run.grid, config.sampler.solver))
                 nfe += len(ids) * config.sampler.num_steps * passes(config.sampler.guidance_scale)
@@ -104,7 +115,7 @@ def collect(
                 part = _trajectory(run, noise, cond, plan, ids, owners, iteration, seed, with_values)
                 finals.append(part.final)
                 log_probs.append(part.log_probs)
-                for k, state in enumerate(part.states):
+                for k, state in enumerate(part.states, start=plan.split):
                     if state is not None:
                         states[k].append(state)
                 for column, clean in enumerate(part.completions):
@@ -127,6 +138,65 @@ def collect(
     )
 
 
+def _initial(run: Run, keys: Sequence[int], iteration: int, seed: int) -> Tensor:
+    """Initial states (len(keys), C, h, w), one for each sample or group named in `keys`."""
+    model = run.model
+    noise = keyed_normal(
+        model.latent_shape,
+        seed=seed,
+        iteration=iteration,
+        samples=keys,
+        step=0,
+        stream=INITIAL_STREAM,
+        device=model.device,
+    )
+    return noise * model.noise_scale(float(run.grid[0]))
+
+
+def _starts(
+    run: Run, conds: Conditioning, cond_rows: Tensor, keys: list[int], plan: Plan, iteration: int, seed: int
+) -> tuple[Tensor, int]:
+    """States at the plan's split, one for each of `keys`, (len(keys), C, h, w), and the network evaluations it took.
+
+    keys: groups, in the order of `conds`, if the plan is shared; else samples, whose rows of it are `cond_rows`.
+    """
+    if not plan.split:
+        return torch.zeros(0), 0
+    size = run.config.train.rollout_batch
+    states, nfe = [], 0
+    for start in range(0, len(keys), size):
+        some = keys[start : start + size]
+        rows = torch.arange(start, start + len(some)) if plan.shared else cond_rows[start : start + size]
+        part = rollout(
+            run.model.velocity,
+            _initial(run, some, iteration, seed),
+            conds.take(rows),
+            run.grid[: plan.split + 1],
+            plan.prefix(),
+            run.kernel,
+            run.noise_levels[: plan.split],
+            _step_noise(run, some, iteration, seed, stream=BRANCH_STREAM if plan.shared else STEP_STREAM),
+        )
+        states.append(part.final)
+        nfe += part.nfe * passes(run.config.sampler.guidance_scale)
+    return torch.cat(states), nfe
+
+
+def _step_noise(
+    run: Run, keys: Sequence[int], iteration: int, seed: int, first: int = 0, stream: int = STEP_STREAM
+) -> Callable[[int], Tensor]:
+    """Noise of the steps from `first` on, a row for each of `keys`."""
+    return lambda step: keyed_normal(
+        run.model.latent_shape,
+        seed=seed,
+        iteration=iteration,
+        samples=keys,
+        step=first + step,
+        stream=stream,
+        device=run.model.device,
+    )
+
+
 def _trajectory(
     run: Run,
     noise: Tensor,
@@ -143,7 +213,7 @@ def _trajectory(
         completions = CompletionPlan(
             ode_steps=settings.ode_steps,
             velocity=guided(run.model, settings.guidance_scale, run.config.sampler.guidance_scale),
-            same_start=owners if run.config.sampler.shared_noise else None,
+            same_start=owners if run.config.sampler.shared_start else None,
         )
         if settings.chunk == "auto" and run.rows_that_fit is None:
             run.rows_that_fit = _rows_that_fit(run, noise, cond, completions.velocity or run.model.velocity)
@@ -151,13 +221,13 @@ def _trajectory(
         run.model.velocity,
         noise,
         cond,
-        run.grid,
-        plan,
+        run.grid[plan.split :],
+        plan.suffix(),
         run.kernel,
-        run.noise_levels,
-        lambda step: keyed_normal(
-            run.model.latent_shape, seed=seed, iteration=iteration, samples=ids, step=step, device=run.model.device
-        ),
+        run.noise_levels[plan.split :],
+        _step_noise(run, ids, iteration, seed, plan.split),
+        log_prob_form=run.log_prob_form,
+        log_prob_dtype=run.log_prob_dtype,
         completions=completions,
         chunk=(run.rows_that_fit if settings.chunk == "auto" else settings.chunk) if with_values else None,
     )
@@ -211,7 +281,7 @@ def _rows_that_fit(run: Run, x: Tensor, cond: Conditioning, velocity: Velocity) 
 def score_values(run: Run, prompts: Sequence[Prompt], batch: Batch, total: int, report: Report) -> Scores:
     """Scores (total, C) of every process's samples: the S completions, if there are any, then the final image.
 
-    A reward of weight 0 is only watched: it sees the final images alone. With shared noise the first completion is the
+    A reward of weight 0 is only watched: it sees the final images alone. With a shared start the first completion is the
     same for a whole group, and is decoded and judged once.
     """
     rewards = {name: run.rewards[name] for name in run.config.rewards}
@@ -222,7 +292,7 @@ def score_values(run: Run, prompts: Sequence[Prompt], batch: Batch, total: int, 
         report("scoring", c, len(columns))
         judges = rewards if c == len(columns) - 1 else trained
         pointwise = all(reward.kind != "groupwise" for reward in judges.values())
-        once = c == 0 and len(columns) > 1 and run.config.sampler.shared_noise and pointwise
+        once = c == 0 and len(columns) > 1 and run.config.sampler.shared_start and pointwise
         rows = [batch.groups.index(g) for g in dict.fromkeys(batch.groups)] if once else list(range(len(batch.samples)))
         found = _judge(run, judges, latents, rows, prompts, batch, pointwise)
         if isinstance(found, RewardError):

@@ -19,6 +19,7 @@ from align.errors import UserError
 from align.models.base import ModelConfig
 from align.objectives import ObjectiveConfig
 from align.schema import build, nearest
+from align.selection import SelectionConfig
 from rewards.registry import RewardConfig
 from samplers.calibration import CalibrationConfig
 from samplers.completions import CompletionConfig
@@ -30,7 +31,8 @@ CONFIG_DIR = _REPOSITORY if _REPOSITORY.is_dir() else Path(__file__).parent / "c
 
 @dataclass
 class PromptsConfig:
-    """Where prompts come from: `playground:train`, a .txt (one a line), a .jsonl ({"prompt": ..., "metadata": {}})."""
+    """Where prompts come from: a .txt (one a line), a .jsonl ({"prompt": ..., "metadata": {}}), `playground:train`, or
+    `playground:train:48` for another number of them."""
 
     train: str = "playground:train"
     """Prompts that are trained on, visited in a seeded random order without repetition within an epoch."""
@@ -77,7 +79,11 @@ class TrainConfig:
     group_size: int = 24
     """Images G per prompt that are compared with each other."""
     updates_per_iteration: int = 1
-    """Optimiser steps per iteration, each on an equal share of the samples."""
+    """Optimiser steps per inner epoch, each on an equal share of the samples."""
+    inner_epochs: int = 1
+    """Passes over the samples of an iteration (2: B2-DiffuRL, arXiv 2503.11240)."""
+    step_fraction: float = 1.0
+    """Share of the stochastic steps that is trained, a random choice for each sample and epoch (DDPO, 2305.13301)."""
     micro_batch: int = 8
     """(sample, step) pairs per forward-backward on one process; results do not depend on it."""
     rollout_batch: int = 16
@@ -140,6 +146,7 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -226,6 +233,7 @@ def validate(config: Config) -> list[str]:
     errors += [f"calibration.{line}" for line in config.calibration.validate()]
     errors += [f"credit.{line}" for line in config.credit.validate()]
     errors += [f"advantage.{line}" for line in config.advantage.validate()]
+    errors += [f"selection.{line}" for line in config.selection.validate()]
     errors += [f"objective.{line}" for line in config.objective.validate(config.sampler.num_steps)]
     for kind, group in (("rewards", config.rewards), ("eval_rewards", config.eval_rewards)):
         for name, reward in group.items():
@@ -243,7 +251,8 @@ def validate(config: Config) -> list[str]:
 
 def _minimums(config: Config) -> list[str]:
     lowest = {
-        "train.iterations": 1, "train.prompts_per_iteration": 1, "train.group_size": 2, "train.micro_batch": 1,
+        "train.iterations": 1, "train.prompts_per_iteration": 1, "train.micro_batch": 1,
+        "train.group_size": 1 if config.advantage.baseline == "history" else 2, "train.inner_epochs": 1,
         "train.updates_per_iteration": 1, "train.rollout_batch": 1, "train.seed": 0, "eval.every": 0, "eval.during": 1,
         "eval.prompts": 1, "eval.num_steps": 1, "eval.grid_prompts": 1, "eval.seed": 0, "checkpoint.every": 1,
         "checkpoint.keep": 1, "optim.ema_every": 1, "optim.warmup_updates": 0,
@@ -279,23 +288,37 @@ def _combinations(config: Config) -> list[str]:
     if config.objective.type == "clipped_ratio" and config.sampler.kernel == "ode":
         errors.append(
             "sampler.kernel: 'ode' is deterministic, so it has no probability ratio; objective.type clipped_ratio needs "
-            "flow_sde, dance_sde or cps (or use objective.type forward_process)"
+            "flow_sde, dance_sde, cps or ddim (or use objective.type forward_process)"
         )
+    if config.objective.type == "reward_difference" and config.sampler.kernel == "ode":
+        errors.append("sampler.kernel: 'ode' has no log-prob, which reward_difference needs; use ddim, flow_sde or cps")
     if config.objective.type == "forward_process" and config.sampler.kernel != "ode":
         errors.append(
             f"sampler.kernel: objective.type forward_process trains on final images only and collects them with 'ode'; "
             f"got '{config.sampler.kernel}'"
         )
-    if config.sampler.kernel == "ode" and config.sampler.plan in ("window", "sliding"):
-        errors.append("sampler.plan: a window chooses stochastic steps, and kernel 'ode' has none; use plan 'full'")
+    if config.sampler.kernel == "ode" and config.sampler.plan != "full":
+        errors.append(
+            f"sampler.plan: '{config.sampler.plan}' chooses stochastic steps, and kernel 'ode' has none; use plan 'full'"
+        )
     if config.sampler.kernel != "ode" and config.sampler.solver != "euler":
         errors.append(
             f"sampler.solver: '{config.sampler.solver}' only acts with kernel 'ode'; got '{config.sampler.kernel}'"
         )
     if config.sampler.kernel == "ode" and config.sampler.psi is not None:
         errors.append("sampler.psi: kernel 'ode' has no noise to set; remove psi")
-    errors += _credit_errors(config)
-    if config.train.group_size >= 2 and config.advantage.min_valid > config.train.group_size:
+    errors += _credit_errors(config) + _one_reward_errors(config) + _pair_errors(config)
+    if not 0 < config.train.step_fraction <= 1:
+        errors.append(f"train.step_fraction: must be in (0, 1], got {config.train.step_fraction}")
+    if config.objective.type == "forward_process":
+        for key in ("inner_epochs", "step_fraction"):
+            if getattr(config.train, key) != 1:
+                errors.append(f"train.{key}: objective.type forward_process trains drawn times once; leave it at 1")
+    if (
+        config.train.group_size >= 2
+        and config.advantage.baseline == "group"
+        and config.advantage.min_valid > config.train.group_size
+    ):
         errors.append(
             f"advantage.min_valid: {config.advantage.min_valid} is more than train.group_size "
             f"{config.train.group_size}, so no group would ever count"
@@ -312,10 +335,41 @@ def _credit_errors(config: Config) -> list[str]:
             f"credit.rule: '{rule}' gives every sampling step its own reward, and objective.type "
             f"{config.objective.type} trains no sampling steps; use clipped_ratio, or credit.rule terminal"
         ]
-    trained = sampler.num_steps - 1 if sampler.plan == "full" else sampler.window_size
-    if rule == "turning_point" and trained < 2:
-        return [f"credit.rule: turning_point compares neighbouring steps, and only {trained} is stochastic; use 2 or more"]
+    if rule == "turning_point" and not sampler.validate() and len(sampler.make_plan(0, 0).stochastic) < 2:
+        return ["credit.rule: turning_point compares neighbouring steps, and only 1 is stochastic; use 2 or more"]
     return []
+
+
+def _one_reward_errors(config: Config) -> list[str]:
+    """History and the choice of extremes need one reward per image."""
+    rule = config.credit.rule
+    if rule == "terminal":
+        return []
+    errors = []
+    if config.advantage.baseline == "history":
+        errors.append(
+            f"advantage.baseline: history keeps one reward an image, and credit.rule {rule} gives one a step; use group"
+        )
+    if config.selection.rule == "extremes":
+        errors.append(
+            f"selection.rule: extremes ranks images by one number, and credit.rule {rule} gives one a step; use all"
+        )
+    return errors
+
+
+def _pair_errors(config: Config) -> list[str]:
+    """reward_difference compares whole trajectories of one prompt, by their raw rewards."""
+    if config.objective.type != "reward_difference":
+        return []
+    reason = "objective.type reward_difference compares the raw rewards of whole trajectories"
+    errors = []
+    if config.selection.rule != "all":
+        errors.append(f"selection.rule: {reason}; use all")
+    if config.train.step_fraction != 1:
+        errors.append(f"train.step_fraction: {reason}; use 1")
+    if config.train.group_size < 2:
+        errors.append(f"train.group_size: {reason} in pairs; use at least 2")
+    return errors
 
 
 def without_effect(config: Config) -> list[str]:
@@ -330,6 +384,20 @@ def without_effect(config: Config) -> list[str]:
         (sampler.plan == "full", "sampler.window_range", "sampler.plan is full"),
         (sampler.plan != "sliding", "sampler.window_every", f"sampler.plan is {sampler.plan}"),
         (sampler.plan != "sliding", "sampler.window_stride", f"sampler.plan is {sampler.plan}"),
+        (sampler.plan != "branched", "sampler.branch", f"sampler.plan is {sampler.plan}"),
+        (
+            sampler.plan == "branched",
+            "sampler.shared_noise",
+            "sampler.plan is branched, see sampler.branch.shared",
+        ),
+        (config.advantage.baseline != "history", "advantage.history", "advantage.baseline is group"),
+        (config.advantage.baseline == "history", "advantage.std", "advantage.baseline is history"),
+        (config.advantage.baseline == "history", "advantage.std_floor", "advantage.baseline is history"),
+        (config.advantage.baseline == "history", "advantage.min_valid", "advantage.baseline is history"),
+        (config.objective.type == "reward_difference", "advantage", "objective.type is reward_difference"),
+        (config.objective.type == "reward_difference", "selection", "objective.type is reward_difference"),
+        (config.selection.rule == "all", "selection.pos_threshold", "selection.rule is all"),
+        (config.selection.rule == "all", "selection.neg_threshold", "selection.rule is all"),
         (sampler.grid != "linspace_shift", "sampler.shift", f"sampler.grid is {sampler.grid}"),
         (sampler.kernel == "ode", "sampler.noise_level", "sampler.kernel is ode"),
         (sampler.psi is not None, "sampler.noise_level", "sampler.psi sets the noise"),

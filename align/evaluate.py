@@ -17,7 +17,6 @@ from align.models.base import ImageModel
 from align.prompts import Prompt
 from align.scoring import Scores, gather_scores, try_score
 from rewards.base import Reward
-from samplers.grids import make_grid
 from samplers.noise import keyed_normal
 from samplers.rollout import solve
 
@@ -54,7 +53,8 @@ def sample_images(
     noise = keyed_normal(
         model.latent_shape, seed=seed, iteration=0, samples=indices, step=0, stream=EVAL_STREAM, device=model.device
     )
-    grid = make_grid("scheduler", num_steps, scheduler=model.pipe.scheduler).to(model.device)
+    grid = model.grid("scheduler", num_steps).to(model.device)
+    noise = noise * model.noise_scale(float(grid[0]))
     before, model.guidance_scale = model.guidance_scale, guidance_scale
     try:
         latents = solve(model.velocity, noise, model.conditioning(prompts), grid)

@@ -104,8 +104,9 @@ def geometry_table(config: Config, shape: Geometry) -> Table:
 def memory_estimate(config: Config) -> dict[str, Any]:
     """Parameter counts (exact, from the configs) and a rough peak of memory on one process, in GiB.
 
-    Nothing is loaded: the denoiser and VAE are built on the meta device. Activations are estimated as 34 bytes per
-    token, channel and layer in half precision (68 in float32), or one tensor per layer with checkpointing.
+    Nothing is loaded: the denoiser and VAE are built on the meta device. Activations of a transformer are estimated as 34
+    bytes per token, channel and layer in half precision (68 in float32), or one tensor per layer with checkpointing;
+    those of a UNet from its blocks.
     """
     import diffusers
     from accelerate import init_empty_weights
@@ -150,14 +151,39 @@ def memory_estimate(config: Config) -> dict[str, Any]:
 def _activations(config: Config, network: Any, width: int, factor: int, text_tokens: int) -> float:
     """Bytes kept for one backward pass; factor: image pixels per latent pixel."""
     shape = network.config
+    side = config.model.resolution // factor if config.model.resolution else shape.get("sample_size") or 64
+    images = config.train.micro_batch * (1 if config.sampler.guidance_scale == 1 else 2)
+    if hasattr(network, "down_blocks"):
+        return width * images * _unet_elements(network, side, config.model.gradient_checkpointing)
     layers = shape.get("num_layers") or 1
     channels = (shape.get("num_attention_heads") or 1) * (shape.get("attention_head_dim") or 64)
-    side = (config.model.resolution // factor if config.model.resolution else shape.get("sample_size") or 64) / (
-        shape.get("patch_size") or 1
-    )
-    tokens = (side * side + text_tokens) * config.train.micro_batch
-    guidance = 1 if config.sampler.guidance_scale == 1 else 2
-    one_layer = 17 * width * tokens * channels * guidance
+    tokens = ((side / (shape.get("patch_size") or 1)) ** 2 + text_tokens) * images
+    one_layer = 17 * width * tokens * channels
     if config.model.gradient_checkpointing:
-        return one_layer + layers * tokens * channels * width * guidance
+        return one_layer + layers * tokens * channels * width
     return layers * one_layer
+
+
+def _unet_elements(network: Any, side: int, checkpointing: bool) -> float:
+    """Elements kept for the backward pass of one image of `side` latent pixels, with an attention that keeps no scores.
+
+    Per pixel, 5 (in + out) channels of a residual block and 20 channels of a transformer layer; with checkpointing their
+    inputs and the largest of them. On SD 1.5 and SDXL within 3 % of what autograd saves, with checkpointing within 25 %.
+    """
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+
+    last = len(network.down_blocks) - 1
+    levels = [*enumerate(network.down_blocks), (last, network.mid_block)]
+    levels += [(last - i, block) for i, block in enumerate(network.up_blocks)]
+    residual, layers = [], []
+    for level, block in levels:
+        pixels = (side / 2**level) ** 2
+        for module in block.modules() if block is not None else ():
+            if isinstance(module, ResnetBlock2D):
+                residual.append(pixels * (module.in_channels + module.out_channels))
+            elif isinstance(module, BasicTransformerBlock):
+                layers.append(pixels * module.dim)
+    if checkpointing:
+        return 1.5 * sum(residual) + sum(layers) + max(5 * max(residual), 20 * max(layers, default=0))
+    return 5 * sum(residual) + 20 * sum(layers)

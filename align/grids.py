@@ -51,6 +51,8 @@ def comparison_grid(
     height = max((p.height for p in everything), default=0)
     rewards = list(dict.fromkeys(reward for by_reward in scores.values() for reward in by_reward))
 
+    heads = {label: _wrap(label, HEAD, width, 3) for label in pictures}  # what tells run names apart may stand last
+    head_height = 38 + LINE * (max([len(lines) for lines in heads.values()], default=1) - 1)
     fold = max(1, min(fold, len(prompts)))
     rows_a_block = math.ceil(len(prompts) / fold)
     row_height = height + (10 + LINE * len(rewards) if rewards else 0)
@@ -59,7 +61,7 @@ def comparison_grid(
         "RGB",
         (
             2 * MARGIN + fold * block.total_width + (fold - 1) * 3 * GAP,
-            2 * MARGIN + (52 if title else 0) + 38 + rows_a_block * (row_height + GAP) - GAP,
+            2 * MARGIN + (52 if title else 0) + head_height + rows_a_block * (row_height + GAP) - GAP,
         ),
         PAPER,
     )
@@ -70,11 +72,13 @@ def comparison_grid(
         top += 52
     for index in range(fold):
         left = MARGIN + index * (block.total_width + 3 * GAP)
-        for column, label in enumerate(pictures):
-            _text(draw, (block.cell_x(left, column), top + HEAD), shorten(label, HEAD, width), HEAD, bold=True)
+        for column, lines in enumerate(heads.values()):
+            for number, line in enumerate(lines):
+                at = (block.cell_x(left, column), top + HEAD + number * LINE)
+                _text(draw, at, line, HEAD, bold=True)
     for row, prompt in enumerate(prompts):
         left = MARGIN + row // rows_a_block * (block.total_width + 3 * GAP)
-        y = top + 38 + row % rows_a_block * (row_height + GAP)
+        y = top + head_height + row % rows_a_block * (row_height + GAP)
         _draw_row(page, draw, block, (left, y), prompt, {k: v[row] for k, v in pictures.items()})
         _draw_scores(draw, block, (left, y + height + 8), _row_scores(pictures, rewards, scores, row))
     return page

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -99,12 +98,17 @@ def chosen_rewards(setup: Setup, names: list[str]) -> dict[str, Reward]:
     known: dict[str, RewardConfig] = {}
     if setup.config is not None:
         known = {**setup.config.rewards, **setup.config.eval_rewards}
-    rewards = {}
-    for name in names or known:
-        settings = known.get(name, RewardConfig(type=name))
-        rewards[name] = build_reward(name, settings)
-        rewards[name].setup(setup.model.device, torch.float32)
-    return rewards
+    return {
+        name: ready_reward(name, known.get(name, RewardConfig(type=name)), setup.model.device)
+        for name in names or known
+    }
+
+
+def ready_reward(name: str, settings: RewardConfig, device: torch.device) -> Reward:
+    """The reward, set up on `device`. Raises: RewardError if it cannot be."""
+    reward = build_reward(name, settings)
+    reward.setup(device, torch.float32)
+    return reward
 
 
 def compare(
@@ -115,16 +119,24 @@ def compare(
     *,
     keep: int,
     batch_size: int = 16,
+    adapters: Mapping[str, Path] | None = None,
 ) -> dict[str, Evaluation]:
-    """Evaluations of {base, tuned} (only {base} without an adapter) on the same prompts and noise."""
-    columns: dict[str, contextlib.AbstractContextManager[Any]] = {"base": setup.model.reference()}
-    if setup.adapter is not None:
-        columns["tuned"] = contextlib.nullcontext()
+    """Evaluations of {base, tuned} (only {base} without an adapter) on the same prompts and noise.
+
+    `adapters`: label -> folder, evaluated instead of the one of `setup`. They are loaded into the one pipeline one
+    after another, and the last stays there.
+    """
+    if adapters is None:
+        adapters = {} if setup.adapter is None else {"tuned": setup.adapter}
     found = {}
     accelerator = Accelerator()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        for label, weights in columns.items():
-            task = bar.add_task(f"{label}: sampling and scoring", total=len(prompts))
+        tasks = {
+            label: bar.add_task(f"{label}: sampling and scoring", total=len(prompts)) for label in ["base", *adapters]
+        }
+        for label, task in tasks.items():
+            if label in adapters:
+                _use_adapter(setup, adapters[label])
             found[label] = evaluate(
                 setup.model,
                 rewards,
@@ -135,15 +147,15 @@ def compare(
                 seed=setup.seed,
                 batch_size=batch_size,
                 keep_images=keep,
-                weights=weights,
+                weights=contextlib.nullcontext() if label in adapters else setup.model.reference(),
                 progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
             )
     return found
 
 
-def run_summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json of a finished run."""
-    path = run_dir / "summary.json"
-    if not path.is_file():
-        raise UserError(f"{run_dir}: no summary.json; is it a finished run?")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+def _use_adapter(setup: Setup, folder: Path) -> None:
+    """Put the adapter of `folder` into the pipeline in place of what it carries."""
+    if folder != setup.adapter:
+        setup.model.pipe.unload_lora_weights()
+        setup.model.load_adapter(folder)
+        setup.adapter = folder

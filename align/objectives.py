@@ -1,8 +1,9 @@
 """Objectives: stored samples and advantages become a loss per element.
 
-Two families. `clipped_ratio` scores stored stochastic steps again and pushes their likelihood ratio (Flow-GRPO, arXiv
+Three kinds. `clipped_ratio` scores stored stochastic steps again and pushes their likelihood ratio (Flow-GRPO, arXiv
 2505.05470; DanceGRPO, 2505.07818); its KL forms are those of `samplers.kernels`. `forward_process` re-noises finished
-images and matches velocities, no trajectory needed (DiffusionNFT, 2509.16117). All functions are pure, work in float32
+images and matches velocities, no trajectory needed (DiffusionNFT, 2509.16117). `reward_difference` compares whole
+trajectories of a prompt (PRDP, 2402.08714; in `align.reward_difference`). All functions are pure, work in float32
 (float64 if given float64) and return losses of shape (B,) with detached diagnostics.
 
 Notation: x_t = (1 - t) x_0 + t noise, t = 1 is pure noise, velocity target v = noise - x_0, mean(.) over all but the
@@ -18,13 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ObjectiveType = Literal["clipped_ratio", "forward_process"]
+from align.reward_difference import StepReduction
+
+ObjectiveType = Literal["clipped_ratio", "forward_process", "reward_difference"]
 KlForm = Literal["exact_mean", "flow_grpo_code", "velocity_mse"]
 RatioRepair = Literal["off", "guard"]
 LossSpace = Literal["x0_adaptive", "v"]
 TimeSampling = Literal["grid", "stratified"]
 
 _CLIPPED_RATIO_FIELDS = ("clip_range", "kl_beta", "kl_form", "ratio_repair")
+_REWARD_DIFFERENCE_FIELDS = ("pair_beta", "step_clip", "reduce_steps")
 # Keeps the adaptive weight finite when a branch fits its sample exactly (released code of arXiv 2509.16117).
 _WEIGHT_FLOOR = 1e-5
 # Separates the draws of training times from every other use of the same (seed, iteration, sample).
@@ -36,7 +40,8 @@ class ObjectiveConfig:
     """What is minimised. Fields of the other type must stay at their defaults, so that none is silently ignored."""
 
     type: ObjectiveType = "clipped_ratio"
-    """"clipped_ratio" (policy gradient on stored steps) or "forward_process" (velocity matching on finished images)."""
+    """"clipped_ratio" (policy gradient on stored steps), "forward_process" (velocity matching on finished images) or
+    "reward_difference" (regression on pairs of trajectories)."""
 
     clip_range: float = 1e-4
     """clipped_ratio: half width of the clip; scale it as 1 / latent size (flow_sde 1e-4, cps 1e-5; 2505.05470)."""
@@ -46,6 +51,14 @@ class ObjectiveConfig:
     """clipped_ratio: "exact_mean", "flow_grpo_code" (goes with the published weights) or "velocity_mse"."""
     ratio_repair: RatioRepair = "off"
     """clipped_ratio: "off", or "guard" for the centred ratio of GRPO-Guard (arXiv 2510.22319)."""
+
+    pair_beta: float = 3e-6
+    """reward_difference: KL weight beta, in units of the reward (large prompt sets 3e-6, small ones 3e-5; 2402.08714)."""
+    step_clip: float = 1e-4
+    """reward_difference: half width of the stepwise clip; scale it as 1 / latent size (large prompt sets 1e-4, small
+    ones with 10 epochs on the same images 1e-6; 2402.08714)."""
+    reduce_steps: StepReduction = "mean"
+    """reward_difference: "mean" over steps (the appendix of 2402.08714) or "sum" (its equations)."""
 
     beta: float = 1.0
     """forward_process: guidance of the implicit policies; beta adv_max is the KL temperature (1 or .1; 2509.16117)."""
@@ -84,12 +97,15 @@ class ObjectiveConfig:
                 ("ratio_repair", RatioRepair),
                 ("loss_space", LossSpace),
                 ("time_sampling", TimeSampling),
+                ("reduce_steps", StepReduction),
             )
             if getattr(self, name) not in get_args(choices)
         ]
         for name, legal, rule in (
             ("clip_range", self.clip_range > 0, "above 0"),
             ("kl_beta", self.kl_beta >= 0, "at least 0"),
+            ("pair_beta", self.pair_beta > 0, "above 0"),
+            ("step_clip", self.step_clip > 0, "above 0"),
             ("beta", self.beta > 0, "above 0"),
             ("adv_max", self.adv_max > 0, "above 0"),
             ("ref_coef", self.ref_coef >= 0, "at least 0"),
@@ -107,7 +123,13 @@ class ObjectiveConfig:
         """Settings that are legal one by one but cannot act together."""
         errors = []
         for item in fields(self) if self.type in get_args(ObjectiveType) else ():
-            owner = "clipped_ratio" if item.name in _CLIPPED_RATIO_FIELDS else "forward_process"
+            owner = (
+                "clipped_ratio"
+                if item.name in _CLIPPED_RATIO_FIELDS
+                else "reward_difference"
+                if item.name in _REWARD_DIFFERENCE_FIELDS
+                else "forward_process"
+            )
             if item.name != "type" and owner != self.type and getattr(self, item.name) != item.default:
                 errors.append(f"{item.name} has no effect with type {self.type}: remove it or set type to {owner}")
         if self.type != "forward_process":

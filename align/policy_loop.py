@@ -9,25 +9,24 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from align import credit
-from align.advantages import group_advantages
 from align.collect import Batch, Report, collect, passes, score_values
-from align.credit_stats import value_stats, zero_spread
 from align.errors import UserError
 from align.geometry import local_order
-from align.prompts import Prompt, prompt_indices
+from align.paired import PairedTrajectories
+from align.prompts import Prompt
 from align.run import Run
-from align.scoring import Scores
+from align.targets import Targets, prompt_ids, targets
 from align.updates import (
     Pairs,
     check_first_ratio,
     clipped_ratio_pairs,
     forward_process_pairs,
     micro_batches,
+    trained_columns,
     training_times,
+    update_order,
+    weighted_pairs,
 )
-from rewards.combine import combine
-from samplers.plans import Plan
 
 
 class Interrupted(Exception):
@@ -62,9 +61,10 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
     run.counters.nfe += evaluations
     metrics = {f"reward/{name}": scores.mean(name) for name in run.config.rewards}
     metrics["sample/nfe_per_image"] = evaluations / run.shape.samples
-    advantages = _advantages(run, batch.plan, scores, metrics)
-    if advantages is not None:
-        metrics |= _update(run, batch, advantages[batch.samples], [len(u) for u in order], report)
+    found = targets(run, batch.plan, scores, metrics)
+    if found is not None:
+        batch, sizes = _kept(run, batch, found, order)
+        metrics |= _update(run, batch, found, sizes, report)
     finished = _now(run)
     run.counters.iteration += 1
     run.counters.seconds += finished - started
@@ -85,72 +85,61 @@ def _now(run: Run) -> float:
 
 
 def _prompts(run: Run, iteration: int) -> list[Prompt]:
-    train = run.config.train
-    picked = prompt_indices(len(run.train_prompts), train.prompts_per_iteration, iteration, train.seed)
-    return [run.train_prompts[i] for i in picked]
+    return [run.train_prompts[i] for i in prompt_ids(run, iteration)]
 
 
-def _advantages(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> Tensor | None:
-    """Advantages (N, S) of all samples, or None if too many scores are missing to learn from this iteration."""
+def _kept(run: Run, batch: Batch, found: Targets, order: list[list[int]]) -> tuple[Batch, list[int]]:
+    """The samples to train on this process, and how many of them belong to each update; the others are freed."""
+    rows = [j for j, i in enumerate(batch.samples) if found.kept[i]]
+    sizes = [sum(bool(found.kept[i]) for i in update) for update in order]
+    return (batch if len(rows) == len(batch.samples) else batch.keep(torch.tensor(rows, dtype=torch.long))), sizes
+
+
+def _update(run: Run, batch: Batch, found: Targets, sizes: list[int], report: Report) -> dict[str, float]:
+    """All optimiser steps of the iteration on this process's share, whose updates have `sizes` samples here."""
     config = run.config
-    weights = {name: reward.weight for name, reward in config.rewards.items()}
-    values, valid = combine(scores.values, scores.valid, weights)
-    missing = 1 - float(valid.double().mean())
-    metrics["reward/invalid_fraction"] = missing
-    if missing > config.train.max_invalid_fraction:
-        run.counters.invalid_iterations += 1
-        run.warn_once("invalid", f"{missing:.0%} of the scores are missing; such iterations are skipped")
-        if run.counters.invalid_iterations >= 3:
-            raise UserError(f"three iterations in a row lacked over {config.train.max_invalid_fraction:.0%} of their scores")
-        return None
-    run.counters.invalid_iterations = 0
-    final = values[:, -1][valid[:, -1]].double()
-    metrics |= {"reward/mean": float(final.mean()), "reward/std": float(final.std(correction=0))}
-    groups = torch.arange(run.shape.samples) // config.train.group_size
-    step_rewards, credit_stats = credit.step_rewards(values, max(1, len(plan.stochastic)), config.credit, groups)
-    everyone = torch.ones(run.shape.samples, dtype=torch.bool)  # a missing score is NaN in the step rewards that need it
-    advantages, stats = group_advantages(step_rewards, everyone, groups, config.advantage)
-    metrics["train/zero_spread_fraction"] = stats["zero_spread_fraction"]
-    if config.credit.needs_values:
-        metrics |= value_stats(values, plan.stochastic, groups) | zero_spread(step_rewards, plan.stochastic, groups)
-        metrics |= credit_stats
-    if stats["zero_spread_fraction"] > 0.8:
-        run.warn_once(
-            "spread",
-            "over 80 % of the groups have equal rewards and teach nothing; use a finer reward or larger groups",
-        )
-    return advantages
-
-
-def _update(run: Run, batch: Batch, advantages: Tensor, sizes: list[int], report: Report) -> dict[str, float]:
-    """All optimiser steps of the iteration on this process's share. advantages: (n, S)."""
-    forward_process = run.config.objective.type == "forward_process"
-    times = training_times(run, batch) if forward_process else torch.zeros(len(batch.samples), 0)
-    columns = times.shape[1] if forward_process else len(batch.plan.stochastic)
+    forward_process = config.objective.type == "forward_process"
+    times = training_times(run, batch) if forward_process else torch.zeros(0)
+    advantages, everywhere = found.advantages[batch.samples], run.totals(sizes)
+    trajectories = (
+        PairedTrajectories(run, batch, found.rewards) if config.objective.type == "reward_difference" else None
+    )
     if run.behaviour is not None:
         run.behaviour.update()
     sums: dict[str, float] = defaultdict(float)
-    first, norms, guided = 0, [], passes(run.config.sampler.guidance_scale)
-    for number, size in enumerate(sizes):
-        rows = range(first, first + size)
-        first += size
-        lagging = (run.old or run.behaviour).lags() if (run.old or run.behaviour) else False  # type: ignore[union-attr]
-        run.optimizer.zero_grad(set_to_none=True)
-        done, total = 0, size * columns
-        for pairs in micro_batches(rows, columns, run.shape.micro_batch):
-            if forward_process:
-                loss, info, forwards = forward_process_pairs(run, batch, pairs, advantages, times, lagging)
-            else:
-                loss, info, forwards = clipped_ratio_pairs(run, batch, pairs, advantages, lagging)
-            run.accelerator.backward(loss.sum() / total)
-            _add_up(sums, loss, info, pairs)
-            done += len(pairs.rows)
-            cost = forwards + 2 + run.config.model.gradient_checkpointing
-            run.counters.nfe += len(pairs.rows) * cost * guided * run.shape.processes
-            report("training", number * total + done, total * len(sizes))
-        if run.counters.updates == 0 and not forward_process:
-            check_first_ratio(run, sums["worst_ratio"])
-        norms.append(_step(run))
+    norms, guided = [], passes(config.sampler.guidance_scale)
+    first = [sum(sizes[:n]) for n in range(len(sizes))]
+    for epoch in range(config.train.inner_epochs):
+        columns = None if forward_process else trained_columns(run, batch, epoch)
+        for number in update_order(run, batch.iteration, epoch):
+            rows = range(first[number], first[number] + sizes[number])
+            weights = trajectories.weights(rows, sums) if trajectories is not None and everywhere[number] else None
+            if not everywhere[number] or (trajectories is not None and weights is None):
+                run.counters.updates += 1
+                run.counters.empty_updates += 1
+                continue
+            lagging = (run.old or run.behaviour).lags() if (run.old or run.behaviour) else False  # type: ignore[union-attr]
+            run.optimizer.zero_grad(set_to_none=True)
+            width = times.shape[1] if columns is None else columns.shape[1]
+            # gradients are averaged over the processes, whose shares of an update need not be equal
+            total = 1 if weights is not None else everywhere[number] * width
+            picked = width if columns is None else columns
+            for pairs in micro_batches(rows, picked, run.shape.micro_batch):
+                if forward_process:
+                    loss, info, forwards = forward_process_pairs(run, batch, pairs, advantages, times, lagging)
+                elif weights is not None:
+                    loss, info, forwards = weighted_pairs(run, batch, pairs, weights)
+                else:
+                    loss, info, forwards = clipped_ratio_pairs(run, batch, pairs, advantages, lagging)
+                run.accelerator.backward(loss.sum() * run.shape.processes / total)
+                _add_up(sums, loss, info, pairs)
+                sums["nfe"] += len(pairs.rows) * (forwards + 2 + config.model.gradient_checkpointing) * guided
+                report("training", int(sums["pairs"]), sum(sizes) * width * config.train.inner_epochs)
+            if run.counters.updates == run.counters.empty_updates and not forward_process:
+                check_first_ratio(run, sums["worst_ratio"])
+            norms.append(_step(run))
+    if trajectories is not None:
+        sums["nfe"] += trajectories.forwards * guided
     if run.old is not None:
         run.old.update()
     return _metrics(run, sums, norms)
@@ -169,15 +158,17 @@ def _add_up(sums: dict[str, float], loss: Tensor, info: dict[str, Tensor], pairs
 def _step(run: Run) -> float:
     """Average gradients over processes, clip, step and advance the averages; a non-finite gradient is skipped and counted."""
     accelerator, counters = run.accelerator, run.counters
-    present = [p for p in run.parameters if p.grad is not None]
+    for parameter in run.parameters:
+        if parameter.grad is None:  # unused, or this process has no sample in the update
+            parameter.grad = torch.zeros_like(parameter)
     if accelerator.num_processes > 1:
-        flat = torch.cat([p.grad.flatten() for p in present])  # type: ignore[union-attr]
+        flat = torch.cat([p.grad.flatten() for p in run.parameters])  # type: ignore[union-attr]
         flat = accelerator.reduce(flat, reduction="mean")
-        for parameter, piece in zip(present, flat.split([p.numel() for p in present]), strict=True):
+        for parameter, piece in zip(run.parameters, flat.split([p.numel() for p in run.parameters]), strict=True):
             parameter.grad = piece.view_as(parameter)
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate()
-    norm = float(accelerator.clip_grad_norm_(present, run.config.optim.max_grad_norm))
+    norm = float(accelerator.clip_grad_norm_(run.parameters, run.config.optim.max_grad_norm))
     if math.isfinite(norm) or accelerator.scaler is not None:  # a scaler skips the step itself and lowers its scale
         run.optimizer.step()
     counters.updates += 1
@@ -206,14 +197,28 @@ _NAMES = {
     "loss_plus": "train/loss_plus",
     "loss_minus": "train/loss_minus",
 }
+# Of the reward-difference objective, per update and not per (sample, step); these replace those above.
+_PAIR_NAMES = {
+    "pair_loss": "train/loss",
+    "clipped_steps": "train/clip_fraction",
+    "abs_error": "train/pair_error",
+    "abs_target": "train/pair_target",
+}
 
 
 def _metrics(run: Run, sums: dict[str, float], norms: list[float]) -> dict[str, float]:
     """Means over all processes' pairs under the fixed metric names, and warnings for unhealthy values."""
-    keys = ["pairs", "loss", *_NAMES]
-    table = torch.tensor([sums.get(k, 0.0) for k in keys], dtype=torch.float64, device=run.accelerator.device)
-    totals = dict(zip(keys, run.accelerator.reduce(table, reduction="sum").tolist(), strict=True))
-    metrics = {name: totals[key] / totals["pairs"] for key, name in _NAMES.items() if key in sums}
+    keys = ["pairs", "loss", "nfe", *_NAMES, *_PAIR_NAMES]
+    table = torch.tensor([[sums.get(k, 0.0) for k in keys], [k in sums for k in keys]], dtype=torch.float64)
+    both = run.accelerator.reduce(table.to(run.accelerator.device), reduction="sum").tolist()
+    totals = {k: value for k, value, present in zip(keys, *both, strict=True) if present or k == "nfe"}
+    run.counters.nfe += round(totals["nfe"])
+    if not norms:
+        return {
+            "train/skipped_updates": run.counters.skipped_updates,
+            "train/empty_updates": run.counters.empty_updates,
+        }
+    metrics = {name: totals[key] / totals["pairs"] for key, name in _NAMES.items() if key in totals}
     finite = [n for n in norms if math.isfinite(n)]
     metrics |= {
         "train/loss": totals["loss"] / totals["pairs"],
@@ -221,6 +226,9 @@ def _metrics(run: Run, sums: dict[str, float], norms: list[float]) -> dict[str, 
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/skipped_updates": run.counters.skipped_updates,
     }
+    metrics |= {name: totals[key] / len(norms) for key, name in _PAIR_NAMES.items() if key in totals}
+    if run.config.selection.rule != "all":
+        metrics["train/empty_updates"] = run.counters.empty_updates
     if metrics.get("train/clip_fraction", 0.0) > 0.6:
         run.warn_once("clip", "over 60 % of the pairs are clipped: lower optim.lr or raise objective.clip_range")
     if sums.get("old_square", 0.0) > 0 and sums["displacement"] / sums["old_square"] > 0.02:

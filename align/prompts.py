@@ -24,19 +24,25 @@ class Prompt:
 
 
 def load_prompts(source: str) -> list[Prompt]:
-    """Prompts of `playground:SPLIT`, a .txt file (one a line, blank lines skipped) or a .jsonl file.
+    """Prompts of `playground:SPLIT[:COUNT]`, a .txt file (one a line, blank lines skipped) or a .jsonl file.
 
     Raises: UserError naming the file and line of the first mistake.
     """
     if source.startswith("playground:"):
         from align.playground.captions import prompts
 
-        split = source.removeprefix("playground:")
+        split, _, count = source.removeprefix("playground:").partition(":")
         if split not in PLAYGROUND_SPLITS:
             raise UserError(
                 f"prompts: no split '{split}'{nearest(split, PLAYGROUND_SPLITS)}; one of {PLAYGROUND_SPLITS}"
             )
-        return [Prompt(row["prompt"], row.get("metadata") or {}) for row in prompts(split)]
+        if count and not (count.isdecimal() and int(count)):
+            raise UserError(f"prompts: {source}: the number of prompts must be at least 1, got '{count}'")
+        try:
+            rows = prompts(split, int(count)) if count else prompts(split)
+        except ValueError as problem:
+            raise UserError(f"prompts: {source}: {problem}") from problem
+        return [Prompt(row["prompt"], row.get("metadata") or {}) for row in rows]
     path = Path(source)
     if not path.is_file():
         raise UserError(f"prompts: no file {source} (give a .txt, a .jsonl, or playground:train)")

@@ -69,18 +69,26 @@ class Score:
 
     @property
     def interval(self) -> Markup:
+        return self.interval_to(0.0)
+
+    def interval_to(self, reach: float) -> Markup:
+        """The bar of the interval, on a scale that shows `reach` at least."""
         if self.verdict == "unknown":
             return Markup("")
         label = f"95 % interval {format_score(self.low)} to {format_score(self.high)}"
-        return Markup(interval_bar(self.low, self.delta, self.high, label=label))
+        return Markup(interval_bar(self.low, self.delta, self.high, label=label, reach=reach))
 
 
 def write_report(run_dir: Path | str) -> Path:
     """Write `run_dir`/report.html and return its path. UserError if `run_dir` is not the folder of a run."""
     run = read_run(run_dir)
-    page = _environment().get_template("report.html.j2").render(_context(run))
-    target = run.path / "report.html"
-    beside = target.with_name(f".report.html.{os.getpid()}.tmp")
+    return write_page(run.path / "report.html", "report.html.j2", _context(run))
+
+
+def write_page(target: Path, template: str, context: Mapping[str, Any]) -> Path:
+    """Render `template` of align/templates beside `target`, then rename it into place."""
+    page = _environment().get_template(template).render(context)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(page, encoding="utf-8", errors="replace")
         os.replace(beside, target)
@@ -139,16 +147,16 @@ def _environment() -> jinja2.Environment:
 
 
 def _context(run: RunFolder) -> dict[str, Any]:
-    config = _parse_config(run.config)
+    config = parse_config(run.config)
     pairs = _pairs(run)
-    scores = _scores(run, config, pairs)
+    scores = held_out_scores(run, config, pairs)
     order = [s.reward for s in scores] or [str(r) for r in _mapping(config.get("rewards"))]
     evals = eval_panels(run.evals, order)
     training, further = train_panels(run.train)
     return {
         "name": str(config.get("name") or run.path.resolve().name),
         "finished": run.summary is not None,
-        "progress": _progress(run, config),
+        "progress": progress_text(run, config),
         "scores": scores,
         "facts": _facts(run, config, scores),
         "latest": _latest(run, evals),
@@ -172,7 +180,8 @@ def _context(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _parse_config(text: str | None) -> dict[str, Any]:
+def parse_config(text: str | None) -> dict[str, Any]:
+    """A run's config.yaml as plain data; empty if it is missing or broken."""
     try:
         config = yaml.safe_load(text or "")
     except yaml.YAMLError:
@@ -199,8 +208,12 @@ def _pairs(run: RunFolder) -> dict[str, tuple[list[float], list[float]]]:
     return pairs
 
 
-def _scores(run: RunFolder, config: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[Score]:
-    """The table's rows: trained rewards first; from summary.json, or from eval/*.json while there is none."""
+def held_out_scores(run: RunFolder, config: Mapping[str, Any], pairs: Mapping[str, Any] | None = None) -> list[Score]:
+    """The table's rows: trained rewards first; from summary.json, or from eval/*.json while there is none.
+
+    `pairs`: reward -> (base, tuned) scores by prompt, where they have been read already.
+    """
+    pairs = _pairs(run) if pairs is None else pairs
     summary = run.summary or {}
     base, tuned, intervals = (_mapping(summary.get(key)) for key in ("base", "tuned", "delta_ci95"))
     names = [str(r) for r in _mapping(config.get("rewards"))]
@@ -227,15 +240,27 @@ def _mean_of_pairs(before: Sequence[float], after: Sequence[float]) -> tuple[flo
     return sum(b for b, _ in both) / len(both), sum(t for _, t in both) / len(both)
 
 
-def _progress(run: RunFolder, config: Mapping[str, Any]) -> str:
+def progress_text(run: RunFolder, config: Mapping[str, Any]) -> str:
     """Where the run stands, in one phrase."""
-    planned = number_of(_mapping(config.get("train")).get("iterations"))
+    planned, done = number_of(_mapping(config.get("train")).get("iterations")), iterations_done(run)
     if run.summary is not None:
-        done = number_of(run.summary.get("iterations"))
         return _iterations(done) if math.isfinite(done) else ""
-    # train rows are numbered from 0, eval rows count iterations done
-    done = max([0.0, *(i + 1 for i in column(run.train, "iteration")), *column(run.evals, "iteration")])
     return f"{done:.0f} of {_iterations(planned)}" if math.isfinite(planned) else f"{_iterations(done)} so far"
+
+
+def iterations_done(run: RunFolder) -> float:
+    """As summarised (NaN if the summary does not say), else as far as the rows go."""
+    if run.summary is not None:
+        return number_of(run.summary.get("iterations"))
+    # train rows are numbered from 0, eval rows count iterations done
+    return max([0.0, *(i + 1 for i in column(run.train, "iteration")), *column(run.evals, "iteration")])
+
+
+def cost_so_far(run: RunFolder, key: str) -> float:
+    """`nfe` or `seconds` of the whole run: as summarised, else the most that any row says; NaN where unknown."""
+    if run.summary is not None:
+        return number_of(run.summary.get(key))
+    return max([v for v in column(run.train + run.evals, key) if math.isfinite(v)], default=NAN)
 
 
 def _iterations(count: float) -> str:
@@ -255,17 +280,11 @@ def _latest(run: RunFolder, evals: Sequence[tuple[str, Any]]) -> dict[str, Any] 
 
 def _facts(run: RunFolder, config: Mapping[str, Any], scores: Sequence[Score]) -> list[tuple[str, str]]:
     """(name, value) pairs under the verdict."""
-    summary = run.summary or {}
-    last = {key: column(run.train + run.evals, key) for key in ("nfe", "seconds")}
-    cost = {
-        key: number_of(summary.get(key)) if run.summary else max([v for v in values if math.isfinite(v)], default=NAN)
-        for key, values in last.items()
-    }
     facts = []
-    if math.isfinite(cost["nfe"]):
-        facts.append(("network evaluations", f"{cost['nfe']:,.0f}"))
-    if math.isfinite(cost["seconds"]):
-        facts.append(("time", duration(cost["seconds"])))
+    if math.isfinite(nfe := cost_so_far(run, "nfe")):
+        facts.append(("network evaluations", f"{nfe:,.0f}"))
+    if math.isfinite(seconds := cost_so_far(run, "seconds")):
+        facts.append(("time", duration(seconds)))
     counted = max([s.n for s in scores], default=0)
     if counted:
         facts.append(("held-out prompts", f"{counted:,}"))
@@ -290,7 +309,7 @@ def _grids(run: RunFolder) -> list[dict[str, Any]]:
     shown = []
     for path in paths:
         try:
-            uri, width, height = _data_uri(path)
+            uri, width, height = data_uri(path)
         except (OSError, ValueError, SyntaxError):
             run.notes.append(f"grids/{path.name} is not a readable image")
             continue
@@ -298,7 +317,7 @@ def _grids(run: RunFolder) -> list[dict[str, Any]]:
     return shown
 
 
-def _data_uri(path: Path) -> tuple[str, int, int]:
+def data_uri(path: Path) -> tuple[str, int, int]:
     """(data URI, width, height); a heavy PNG travels as WebP, which keeps a report of photographs small."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:

@@ -137,7 +137,7 @@ def _eval_panels_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[Panel]
     for key, label in (("iteration", "iteration"), ("nfe", "network evaluations"), ("seconds", "")):
         x = column(rows, key)
         if key == "seconds":
-            label, size = _time_unit(x)
+            label, size = time_unit(x)
             x = [value / size for value in x]
         if not any(math.isfinite(a) and math.isfinite(b) for a, b in zip(x, means, strict=True)):
             continue
@@ -233,7 +233,7 @@ def _train_panel(rows: Sequence[Mapping[str, Any]], key: str, null: str | None =
     if len(values) >= SMOOTH_FROM and key not in EXACT:
         series = [
             Series(title, x, values, low, high, style="faint"),
-            Series("average", x, _moving_average(values, smoothing_window(rows))),
+            Series("average", x, moving_average(values, smoothing_window(rows))),
         ]
     levels = [v for v in column(rows, null) if math.isfinite(v)] if null else []
     reference = (levels[-1], f"pure noise {format_score(levels[-1])}") if levels else None
@@ -241,13 +241,13 @@ def _train_panel(rows: Sequence[Mapping[str, Any]], key: str, null: str | None =
     return Panel(key, title, Markup(svg), compact(finite[-1]), hint)
 
 
-def _time_unit(seconds: Sequence[float]) -> tuple[str, float]:
+def time_unit(seconds: Sequence[float]) -> tuple[str, float]:
     """The unit that suits the longest time, and its length in seconds."""
     longest = max([s for s in seconds if math.isfinite(s)], default=0.0)
     return ("seconds", 1.0) if longest < 180 else ("minutes", 60.0) if longest < 3 * 3600 else ("hours", 3600.0)
 
 
-def _moving_average(values: Sequence[float], window: int) -> list[float]:
+def moving_average(values: Sequence[float], window: int) -> list[float]:
     """Mean of the finite values among the last `window`; NaN until there are half as many."""
     means = []
     for end in range(1, len(values) + 1):

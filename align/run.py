@@ -23,6 +23,7 @@ from align import checkpoint
 from align.config import Config, to_yaml
 from align.errors import UserError
 from align.geometry import Geometry, geometry
+from align.history import Past
 from align.models.base import ImageModel, load_model
 from align.objectives import old_policy_decay
 from align.prompts import Prompt, load_prompts, prompt_indices
@@ -30,7 +31,8 @@ from align.tracking import Tracker, write_json
 from align.weights import WeightAverage
 from rewards.base import Reward
 from rewards.registry import build_reward
-from samplers.grids import make_grid
+from samplers.config import SamplerConfig
+from samplers.kernels import KERNEL_LOG_PROB
 
 
 @dataclass
@@ -40,7 +42,9 @@ class Counters:
     iteration: int = 0
     """Iterations done."""
     updates: int = 0
-    """Optimiser steps taken."""
+    """Optimiser steps taken or passed over."""
+    empty_updates: int = 0
+    """Updates passed over because the selection left nothing to train in them."""
     nfe: int = 0
     """Network evaluations over all images and processes: a forward is 1, a backward 2 (3 with checkpointing)."""
     seconds: float = 0.0
@@ -81,8 +85,22 @@ class Run:
     tracker: Tracker | None = None
     interrupted: bool = False
     warned: set[str] = field(default_factory=set)
+    history: Past = field(default_factory=dict)
+    """Rewards that each training prompt earned (`advantage.baseline: history`)."""
     rows_that_fit: int | None = None
     """Rows of one network call without gradient, once measured (`completions.chunk: auto`)."""
+
+    @property
+    def log_prob_form(self) -> str:
+        """Form of the stored log-probs: the kernel's own, but pairs of trajectories compare true log-likelihoods."""
+        if self.config.objective.type == "reward_difference":
+            return "gaussian"
+        return KERNEL_LOG_PROB.get(self.kernel, "gaussian")
+
+    @property
+    def log_prob_dtype(self) -> torch.dtype:
+        """Small differences of log-probs, which pairs of trajectories need, are lost in float32."""
+        return torch.float64 if self.config.objective.type == "reward_difference" else torch.float32
 
     @property
     def main(self) -> bool:
@@ -100,6 +118,11 @@ class Run:
         counts = torch.tensor(count, dtype=torch.int64, device=self.accelerator.device)
         return int(self.accelerator.reduce(counts, reduction="sum"))
 
+    def totals(self, counts: Sequence[int]) -> list[int]:
+        """Sums of several counts over all processes, in one message."""
+        table = torch.tensor(list(counts), dtype=torch.int64, device=self.accelerator.device)
+        return [int(n) for n in self.accelerator.reduce(table, reduction="sum").tolist()]
+
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop (all processes agree)."""
         flag = torch.tensor(float(self.interrupted), device=self.accelerator.device)
@@ -112,7 +135,8 @@ class Run:
             return config.lr * (done + 1) / config.warmup_updates
         if config.schedule == "constant":
             return config.lr
-        total = self.config.train.iterations * self.config.train.updates_per_iteration
+        train = self.config.train
+        total = train.iterations * train.updates_per_iteration * train.inner_epochs
         progress = min(1.0, (done - config.warmup_updates) / max(1, total - config.warmup_updates))
         low = config.final_lr_fraction
         return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -120,7 +144,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of the present state (main process writes, all take part)."""
         tensors = {f"param.{i}": p.detach() for i, p in enumerate(self.parameters)}
-        state: dict[str, Any] = {"counters": vars(self.counters), "averages": {}}
+        state: dict[str, Any] = {"counters": vars(self.counters), "averages": {}, "history": self.history}
         for name, average in (("average", self.average), ("old", self.old)):
             if average is not None:
                 tensors |= {f"{name}.{i}": p for i, p in enumerate(average.shadow_params)}
@@ -160,6 +184,7 @@ class Run:
             generators = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             restore_rng({"tensors": generators, "json": state["rng"][rank]})
         self.counters = Counters(**state["counters"])
+        self.history = {int(p): [(int(i), float(r)) for i, r in rows] for p, rows in state.get("history", {}).items()}
 
     def _fits(self, tensors: dict[str, Tensor]) -> bool:
         sources: dict[str, Sequence[Tensor]] = {"param": self.parameters}
@@ -204,13 +229,7 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, eps=optim.eps
     )
-    grid = make_grid(
-        config.sampler.grid,
-        config.sampler.num_steps,
-        scheduler=model.pipe.scheduler,
-        shift=config.sampler.shift,
-        custom=config.sampler.custom_grid,
-    ).to(accelerator.device)
+    grid = sampling_grid(model, config.sampler).to(accelerator.device)
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -241,6 +260,20 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     run.tracker = Tracker(config.run_dir, accelerator, done, complete=done >= config.train.iterations)
     _stop_on_signal(run)
     return run
+
+
+def sampling_grid(model: ImageModel, sampler: SamplerConfig) -> Tensor:
+    """The configured times, float32 (T+1,). Raises: UserError for a stochastic last step where no noise is left."""
+    try:
+        grid = model.grid(sampler.grid, sampler.num_steps, sampler.shift, sampler.custom_grid)
+    except ValueError as problem:
+        raise UserError(f"sampler.grid: {problem}") from problem
+    if sampler.noisy_end and not grid[-1] > 0:
+        raise UserError(
+            f"sampler.kernel: '{sampler.kernel}' draws the last step too, and the grid of this model ({model.family}) ends "
+            "without noise; use cps, the same kernel for flow matching, or flow_sde"
+        )
+    return grid
 
 
 def used_prompts(config: Config, prompts: Sequence[Prompt]) -> list[str]:

@@ -293,7 +293,7 @@ def save_comparison(path: Path, columns: dict[str, Evaluation], count: int) -> P
             label: {name: [float(x) for x in v[:count]] for name, v in e.scores.values.items()}
             for label, e in columns.items()
         },
-        fold=2 if rows > 4 else 1,
+        fold=2 if rows > 4 and len(columns) < 4 else 1,
     )
     save_png(picture, path)
     return path

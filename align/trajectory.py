@@ -21,12 +21,12 @@ from align.grids import save_png
 from align.inference import Setup, chosen_prompts, chosen_rewards, load_target
 from align.models.base import load_model
 from align.prompts import Prompt, load_prompts
+from align.run import sampling_grid
 from align.scoring import score_local
 from align.trajectory_picture import trajectory_picture
 from rewards.combine import combine
 from samplers.completions import CompletionConfig, CompletionPlan
 from samplers.config import SamplerConfig
-from samplers.grids import make_grid
 from samplers.noise import INITIAL_STREAM, keyed_normal
 from samplers.plans import Plan
 from samplers.rollout import Trajectory, rollout
@@ -114,13 +114,7 @@ def sample_trajectories(
     weights = _weights(setup, reward_names)
     model, plan = setup.model, sampler.make_plan(setup.seed, 0)
     model.guidance_scale = sampler.guidance_scale
-    grid = make_grid(
-        sampler.grid,
-        sampler.num_steps,
-        scheduler=model.pipe.scheduler,
-        shift=sampler.shift,
-        custom=sampler.custom_grid,
-    ).to(model.device)
+    grid = sampling_grid(model, sampler).to(model.device)
     kernel, levels, label = _noise(sampler, grid)
     trajectory = _roll(setup, prompt, samples, sampler, plan, grid, kernel, levels)
     columns = [model.decode(latents, ROWS_AT_ONCE) for latents in (*trajectory.completions, trajectory.final)]
@@ -199,12 +193,12 @@ def _roll(
 ) -> Trajectory:
     model, seed = setup.model, setup.seed
     shape, device = model.latent_shape, model.device
-    owners = [0] * len(samples) if sampler.shared_noise else list(samples)
+    owners = [0] * len(samples) if sampler.shared_start else list(samples)
     start = keyed_normal(shape, seed=seed, iteration=0, samples=owners, step=0, stream=INITIAL_STREAM, device=device)
     settings = setup.config.completions if setup.config is not None else CompletionConfig()
     return rollout(
         model.velocity,
-        start,
+        start * model.noise_scale(float(grid[0])),
         model.conditioning([prompt.text] * len(samples)),
         grid,
         plan,

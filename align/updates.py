@@ -1,15 +1,18 @@
-"""From an iteration's samples to gradients: the two kinds of (sample, step) pairs and their losses."""
+"""From an iteration's samples to gradients: (sample, step) pairs and their losses."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from align.collect import Batch
 from align.errors import UserError
+from align.models.base import Conditioning
 from align.objectives import (
     clipped_ratio_loss,
     draw_times,
@@ -18,11 +21,13 @@ from align.objectives import (
     noised_state,
 )
 from align.run import Run
-from samplers.kernels import KERNEL_LOG_PROB, Transition, log_prob, noise_interval, transition_kl, velocity_mse
-from samplers.noise import keyed_normal
+from samplers.kernels import Transition, log_prob, noise_interval, transition_kl, velocity_mse
+from samplers.noise import keyed_generator, keyed_normal
 from samplers.rollout import predict_transition
 
 FORWARD_STREAM = 0x666F7277
+STEP_ORDER_STREAM = 0x73746570
+UPDATE_ORDER_STREAM = 0x757064
 FIRST_RATIO_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 1e-2}
 
 
@@ -34,11 +39,87 @@ class Pairs:
     columns: Tensor
 
 
-def micro_batches(rows: Sequence[int], columns: int, size: int) -> Iterator[Pairs]:
-    """All (sample, column) pairs of an update, at most `size` at a time; steps of different times share a batch."""
-    grid = torch.cartesian_prod(torch.tensor(list(rows)), torch.arange(columns)).reshape(-1, 2)
-    for chunk in grid.split(size):
+def micro_batches(rows: Sequence[int], columns: Tensor | int, size: int) -> Iterator[Pairs]:
+    """All (sample, column) pairs of an update, at most `size` at a time; steps of different times share a batch.
+
+    columns: their number, or for each sample the ones to use, (n, m).
+    """
+    index = torch.tensor(list(rows), dtype=torch.long)
+    if isinstance(columns, int):
+        columns = torch.arange(columns).expand(int(index.max()) + 1 if len(index) else 0, columns)
+    picked = columns[index]
+    pairs = torch.stack([index[:, None].expand_as(picked), picked], dim=-1).reshape(-1, 2)
+    for chunk in pairs.split(size) if len(pairs) else ():
         yield Pairs(chunk[:, 0], chunk[:, 1])
+
+
+def update_order(run: Run, iteration: int, epoch: int) -> list[int]:
+    """Order of an iteration's updates in an inner epoch: as they come, then a keyed permutation."""
+    number = run.shape.updates
+    if epoch == 0:
+        return list(range(number))
+    key = keyed_generator(seed=run.config.train.seed, iteration=iteration, step=epoch, stream=UPDATE_ORDER_STREAM)
+    return [int(u) for u in key.permutation(number)]
+
+
+def trained_columns(run: Run, batch: Batch, epoch: int) -> Tensor:
+    """(n, m) columns of the stochastic steps that each sample trains in an inner epoch.
+
+    With `train.step_fraction` below 1, the first floor(fraction S) of a random order that each sample draws for itself
+    (arXiv 2305.13301). With all of them their order would change nothing: a step's gradient is a sum.
+    """
+    number = len(batch.plan.stochastic)
+    kept = max(1, int(number * run.config.train.step_fraction + 1e-9))
+    if kept == number:
+        return torch.arange(number).expand(len(batch.samples), number)
+    orders = [
+        keyed_generator(
+            seed=run.config.train.seed, iteration=batch.iteration, sample=i, step=epoch, stream=STEP_ORDER_STREAM
+        ).permutation(number)[:kept]
+        for i in batch.samples
+    ]
+    return torch.from_numpy(np.stack(orders)) if orders else torch.zeros(0, kept, dtype=torch.long)
+
+
+def stored_steps(
+    run: Run, batch: Batch, pairs: Pairs
+) -> tuple[Tensor, Tensor, Conditioning, tuple[Tensor, Tensor, Tensor]]:
+    """States x_k and x_{k+1} (M, ...), conditioning, and (t, t_next, noise level) (M,) of stored pairs."""
+    steps = torch.tensor(batch.plan.stochastic)[pairs.columns]
+    x = torch.stack([batch.states[int(k)][int(j)] for j, k in zip(pairs.rows, steps, strict=True)])
+    x_next = torch.stack([batch.states[int(k) + 1][int(j)] for j, k in zip(pairs.rows, steps, strict=True)])
+    return x, x_next, batch.condition(pairs.rows), (run.grid[steps], run.grid[steps + 1], run.noise_levels[steps])
+
+
+@torch.no_grad()
+def rescored(run: Run, batch: Batch, rows: Sequence[int], reference: bool = False) -> tuple[Tensor, int]:
+    """Log-probs (len(rows), S) float64 of all stored steps under the present weights, or under the reference.
+
+    Also the number of forwards.
+    """
+    number = len(batch.plan.stochastic)
+    parts = []
+    with run.model.reference() if reference else contextlib.nullcontext():
+        size = max(run.shape.micro_batch, run.config.train.rollout_batch)  # without gradient, as in a rollout
+        for pairs in micro_batches(rows, number, size):
+            x, x_next, cond, (t, t_next, level) = stored_steps(run, batch, pairs)
+            step, _ = predict_transition(run.model.velocity, x, cond, t, t_next, run.kernel, level)
+            parts.append(log_prob(x_next, step.mean, step.std, run.log_prob_form, torch.float64).cpu())
+    found = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    return found.view(len(rows), number), len(rows) * number
+
+
+def weighted_pairs(run: Run, batch: Batch, pairs: Pairs, weights: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
+    """weight x log-prob (M,) of stored steps, whose gradient is the whole objective's; diagnostics (M,), and forwards.
+
+    weights: (n, S), see `align.reward_difference.step_weights`.
+    """
+    x, x_next, cond, (t, t_next, level) = stored_steps(run, batch, pairs)
+    step, _ = predict_transition(run.model.velocity, x, cond, t, t_next, run.kernel, level)
+    score = log_prob(x_next, step.mean, step.std, run.log_prob_form, torch.float64)
+    old = batch.log_probs[pairs.rows, pairs.columns].to(x.device)
+    loss = weights[pairs.rows, pairs.columns].to(x.device) * score
+    return loss, {"ratio": (score.detach() - old).exp()}, 1
 
 
 def clipped_ratio_pairs(
@@ -49,16 +130,11 @@ def clipped_ratio_pairs(
     advantages: (n, S); lagging: whether the weights that sampled differ from the live ones.
     """
     config = run.config.objective
-    steps = torch.tensor(batch.plan.stochastic)[pairs.columns]
-    x = torch.stack([batch.states[int(k)][int(j)] for j, k in zip(pairs.rows, steps, strict=True)])
-    x_next = torch.stack([batch.states[int(k) + 1][int(j)] for j, k in zip(pairs.rows, steps, strict=True)])
-    t, t_next = run.grid[steps], run.grid[steps + 1]
-    levels = run.noise_levels[steps]
+    x, x_next, cond, (t, t_next, levels) = stored_steps(run, batch, pairs)
 
     def predict() -> tuple[Transition, Tensor]:
         return predict_transition(run.model.velocity, x, cond, t, t_next, run.kernel, levels)
 
-    cond = batch.condition(pairs.rows)
     forwards, mean_old, reference = 1, None, None
     with torch.no_grad():
         if config.ratio_repair == "guard" and lagging and run.behaviour is not None:
@@ -71,7 +147,7 @@ def clipped_ratio_pairs(
             forwards += 1
     step, v = predict()
     old = batch.log_probs[pairs.rows, pairs.columns].to(x.device)
-    score = log_prob(x_next, step.mean, step.std, KERNEL_LOG_PROB[run.kernel])
+    score = log_prob(x_next, step.mean, step.std, run.log_prob_form)
     if config.ratio_repair == "guard":
         score = guard_log_ratio(x_next, step.mean, step.mean.detach() if mean_old is None else mean_old, step.std)
         old = torch.zeros_like(old)
@@ -112,7 +188,7 @@ def forward_process_pairs(
             for j, k in zip(pairs.rows, steps, strict=True)
         ]
     ).to(batch.final.device)
-    x0, t, cond = batch.final[pairs.rows], run.grid[steps], batch.condition(pairs.rows)
+    x0, t, cond = run.model.clean(batch.final[pairs.rows]), run.grid[steps], batch.condition(pairs.rows)
     x = noised_state(x0, noise, t)
     forwards, v_old, v_ref = 1, None, None
     with torch.no_grad():
@@ -153,8 +229,10 @@ def check_first_ratio(run: Run, worst: float) -> None:
             f"the first probability ratio is off 1 by {worst:.3g} (allowed {tolerance:g} in {run.config.model.precision}): "
             "rollout and training disagree; use model.precision=fp32, or switch off model.compile"
         )
-    if worst > run.config.objective.clip_range:
+    objective = run.config.objective
+    width = "step_clip" if objective.type == "reward_difference" else "clip_range"
+    if worst > getattr(objective, width):
         run.warn_once(
             "ratio",
-            f"ratios are off 1 by up to {worst:.2g} before any update, more than clip_range; use a higher precision",
+            f"ratios are off 1 by up to {worst:.2g} before any update, more than {width}; use a higher precision",
         )

@@ -73,18 +73,18 @@ def train(config: str, overrides: Sequence[str], name: str, seed: int, scratch: 
     subprocess.run([*command, f"output_dir={scratch}"], cwd=ROOT, check=True, env=one_thread)
 
 
-def run_rows(method: str, seed: int, folder: Path) -> Rows:
-    """A finished run: its curve, and base, final score and paired gain on all held-out prompts."""
+def run_rows(method: str, seed: int, folder: Path, metric: str = "verifier") -> Rows:
+    """A finished run: its curve, and base, final score and paired gain on all held-out prompts, by one reward."""
     summary = json.loads((folder / "summary.json").read_text())
     rows: Rows = [
         {
             "method": method,
             "seed": seed,
             "kind": "curve",
-            "metric": "verifier",
+            "metric": metric,
             "iteration": row["iteration"],
-            "mean": row["eval/verifier"],
-            "ci95": row["eval/verifier_ci95"],
+            "mean": row[f"eval/{metric}"],
+            "ci95": row[f"eval/{metric}_ci95"],
             "n": 128,
             "nfe": row["nfe"],
             "seconds": round(row["seconds"], 1),
@@ -92,20 +92,18 @@ def run_rows(method: str, seed: int, folder: Path) -> Rows:
         for row in metric_rows(folder / "metrics.jsonl")[0]
         if row["kind"] == "eval"
     ]
-    scores = {
-        k: json.loads((folder / "eval" / f"{k}.json").read_text())["scores"]["verifier"] for k in ("base", "tuned")
-    }
+    scores = {k: json.loads((folder / "eval" / f"{k}.json").read_text())["scores"][metric] for k in ("base", "tuned")}
     rows.append(
         {
             "method": method,
             "seed": seed,
             "kind": "final",
-            "metric": "verifier",
+            "metric": metric,
             "iteration": summary["iterations"],
-            "base": summary["base"]["verifier"],
-            "mean": summary["tuned"]["verifier"],
-            "gain": summary["tuned"]["verifier"] - summary["base"]["verifier"],
-            "gain_ci95": summary["delta_ci95"]["verifier"],
+            "base": summary["base"][metric],
+            "mean": summary["tuned"][metric],
+            "gain": summary["tuned"][metric] - summary["base"][metric],
+            "gain_ci95": summary["delta_ci95"][metric],
             "full_base": statistics.mean(s == 1 for s in scores["base"]),
             "full": statistics.mean(s == 1 for s in scores["tuned"]),
             "n": len(scores["tuned"]),
@@ -133,39 +131,58 @@ def place(page: Path, text: str, mark: str = "results") -> None:
     page.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
 
 
-def draw(rows: Rows, colours: Mapping[str, str], figure_path: Path, bands: bool = False) -> None:
-    """Mean over seeds (line), each seed (thin line), against the three costs; bands: 95 % intervals over the seeds."""
+GOLD = {"verifier": "graded verifier, held-out prompts"}
+
+
+def draw(
+    rows: Rows,
+    colours: Mapping[str, str],
+    figure_path: Path,
+    bands: bool = False,
+    metrics: Mapping[str, str] = GOLD,
+    costs: Mapping[str, str] | None = None,
+) -> None:
+    """Mean over seeds (line), each seed (thin line); bands: 95 % intervals over the seeds.
+
+    metrics: metric -> label, a row of panels each; costs: key -> label, a column each (all three costs if None).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
-    names = {"iteration": "iterations", "nfe": "network evaluations (thousands)", "seconds": "seconds on one thread"}
-    for axis, (key, label) in zip(axes, names.items(), strict=True):
-        scale = 1e-3 if key == "nfe" else 1
-        for method, colour in colours.items():
-            curves = [
-                [r for r in rows if r["kind"] == "curve" and r["method"] == method and r["seed"] == s]
-                for s in sorted({r["seed"] for r in rows if r["method"] == method and r["kind"] == "curve"})
-            ]
-            for curve in curves:
-                axis.plot([r[key] * scale for r in curve], [r["mean"] for r in curve], color=colour, alpha=0.3, lw=1)
-            points = list(zip(*curves, strict=False)) if curves else []
-            xs = [statistics.mean(r[key] * scale for r in p) for p in points]
-            ys = [statistics.mean(r["mean"] for r in p) for p in points]
-            axis.plot(xs, ys, color=colour, lw=2.2, label=f"{method} ({len(curves)} seeds)")
-            found = [interval([r["mean"] for r in p]) for p in points] if bands else []
-            if found and None not in found:
-                half = [f[1] for f in found if f is not None]
-                low, high = ([y + s * h for y, h in zip(ys, half, strict=True)] for s in (-1, 1))
-                axis.fill_between(xs, low, high, color=colour, alpha=0.1, lw=0)
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("graded verifier, held-out prompts")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=len(labels))
+    costs = costs or {"iteration": "iterations", "nfe": "network evaluations", "seconds": "seconds on one thread"}
+    shape = {"figsize": (4.33 * len(costs), 1 + 3 * len(metrics)), "sharex": "col", "sharey": "row", "squeeze": False}
+    figure, axes = plt.subplots(len(metrics), len(costs), layout="constrained", **shape)
+    for panels, (metric, ylabel) in zip(axes, metrics.items(), strict=True):
+        for axis, key in zip(panels, costs, strict=True):
+            for method, colour in colours.items():
+                mine = [r for r in rows if r["kind"] == "curve" and r["method"] == method and r["metric"] == metric]
+                _draw_method(axis, mine, key, colour, method, bands)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel(ylabel)
+    for axis, (key, label) in zip(axes[-1], costs.items(), strict=True):
+        axis.set_xlabel(label + " (thousands)" * (key == "nfe"))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=min(5, len(labels)))
     figure_path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(figure_path, dpi=110)
     plt.close(figure)
+
+
+def _draw_method(axis: Any, rows: Rows, key: str, colour: str, method: str, bands: bool) -> None:
+    """One method in one panel."""
+    scale = 1e-3 if key == "nfe" else 1
+    curves = [[r for r in rows if r["seed"] == s] for s in sorted({r["seed"] for r in rows})]
+    for curve in curves:
+        axis.plot([r[key] * scale for r in curve], [r["mean"] for r in curve], color=colour, alpha=0.3, lw=1)
+    points = list(zip(*curves, strict=False)) if curves else []
+    xs = [statistics.mean(r[key] * scale for r in p) for p in points]
+    ys = [statistics.mean(r["mean"] for r in p) for p in points]
+    axis.plot(xs, ys, color=colour, lw=2.2, label=f"{method} ({len(curves)} seeds)")
+    found = [interval([r["mean"] for r in p]) for p in points] if bands else []
+    if found and None not in found:
+        half = [f[1] for f in found if f is not None]
+        low, high = ([y + s * h for y, h in zip(ys, half, strict=True)] for s in (-1, 1))
+        axis.fill_between(xs, low, high, color=colour, alpha=0.1, lw=0)

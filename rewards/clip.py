@@ -71,11 +71,15 @@ class CLIPScore(Reward):
 
     def similarity(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosine (B,) of each image with its own prompt, in float32 or, if so set up, float64."""
+        pictures = self.embed_images(images)
+        texts = torch.stack([self._text(prompt) for prompt in prompts])
+        return (pictures * texts).sum(dim=-1)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of unit norm of images (B, 3, H, W) in [0, 1], in the precision of `similarity`."""
         clip = self._loaded()
         pixels = preprocess(images.to(self._device), **clip.transform)
-        pictures = clip.model.encode_image(pixels.to(self._dtype))
-        texts = torch.stack([self._text(prompt) for prompt in prompts])
-        return (_unit(pictures) * texts).sum(dim=-1)
+        return _unit(clip.model.encode_image(pixels.to(self._dtype)))
 
     def _loaded(self) -> LoadedClip:
         if self.clip is None:

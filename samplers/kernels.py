@@ -5,6 +5,9 @@ estimate is `x + (1 - t) v`. A kernel maps latents x, v of shape (B, ...), any r
 float32 in [0, 1] and a noise level (a float, or (B,)) to a `Transition`. Each element has its own time, so a batch may
 mix steps. Coefficients are computed in float64 from the float32 times, applied in float32: an element's result does
 not depend on the rest of the batch.
+
+Variance-preserving models (Stable Diffusion 1, 2, XL) are rescaled to this path, see `samplers.vp`. Their log-probs are
+those of the rescaled states: another constant per step, the same ratios and gradients.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from samplers.vp import alpha_sigma
 
 NoiseLevel = float | Tensor
 
@@ -67,11 +72,29 @@ def cps(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: NoiseLevel
     The noise level must lie in [0, 1]: at 1 all noise is fresh, and beyond it the sine falls again.
     """
     t, t_next, a = _prepare(x, v, t, t_next, noise_level)
-    if bool((a > 1).any()):
-        raise ValueError(f"cps: noise_level must lie in [0, 1], got {a.max().item():g} (1 already renews all noise)")
+    _at_most_one(a, "cps")
     kept = t_next * torch.cos(a * (math.pi / 2))
     mean = _combine(x, v, (1 - t_next) + kept, (1 - t) * kept - t * (1 - t_next))
     return Transition(mean, (t_next * torch.sin(a * (math.pi / 2))).float())
+
+
+def ddim(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: NoiseLevel) -> Transition:
+    """DDIM step with eta = noise level in [0, 1] (arXiv 2010.02502), as DDPO samples (arXiv 2305.13301).
+
+    In VP coordinates, `mean = alpha' clean + sqrt(sigma'^2 - s^2) noise` with
+    `s = eta sigma' / sigma sqrt(1 - alpha^2 / alpha'^2)`. eta = 0 is the Euler step, eta = 1 ancestral DDPM sampling.
+    The std is positive on the last step too if t_next > 0 there, as on the grids of Stable Diffusion.
+    """
+    t, t_next, eta = _prepare(x, v, t, t_next, noise_level)
+    _at_most_one(eta, "ddim")
+    alpha, sigma = alpha_sigma(t)
+    alpha_next, sigma_next = alpha_sigma(t_next)
+    s = eta * sigma_next / sigma * torch.sqrt((alpha_next**2 - alpha**2) / alpha_next**2)
+    kept = torch.sqrt((sigma_next**2 - s**2).clamp_min(0))
+    scale = alpha_next + sigma_next
+    return Transition(
+        _combine(x, v, (alpha_next + kept) / scale, ((1 - t) * kept - t * alpha_next) / scale), (s / scale).float()
+    )
 
 
 KERNELS: dict[str, Kernel] = {
@@ -80,6 +103,7 @@ KERNELS: dict[str, Kernel] = {
     "dance_sde": dance_sde,
     "psi_sde": psi_sde,
     "cps": cps,
+    "ddim": ddim,
 }
 
 LOG_PROB_FORMS = ("gaussian", "mse")
@@ -89,11 +113,14 @@ KERNEL_LOG_PROB: dict[str, str] = {
     "dance_sde": "gaussian",
     "psi_sde": "gaussian",
     "cps": "mse",
+    "ddim": "gaussian",
 }
 
 
-def log_prob(sample: Tensor, mean: Tensor, std: Tensor, form: str = "gaussian") -> Tensor:
-    """Log-density of a step, averaged over the latent dimensions: sample and mean (B, ...), std (B,) -> (B,) float32.
+def log_prob(
+    sample: Tensor, mean: Tensor, std: Tensor, form: str = "gaussian", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Log-density of a step, averaged over the latent dimensions: sample and mean (B, ...), std (B,) -> (B,) `dtype`.
 
     "gaussian": `mean(-(sample - mean)^2 / (2 std^2) - log std - log(2 pi) / 2)` (arXiv 2505.05470; the mean, not the
     sum, is why clip ranges are 1e-5 to 1e-3). "mse": `-mean((sample - mean)^2)`, the form of arXiv 2509.05952.
@@ -102,11 +129,11 @@ def log_prob(sample: Tensor, mean: Tensor, std: Tensor, form: str = "gaussian") 
     _require_noise(std, "log_prob")
     error = _mean_square(sample.float() - mean.float())
     if form == "mse":
-        return (-error).float()
+        return (-error).to(dtype)
     if form != "gaussian":
         raise ValueError(f"unknown log-prob form {form!r}; choose one of {', '.join(LOG_PROB_FORMS)}")
     scale = std.double()
-    return (-error / (2 * scale**2) - torch.log(scale) - 0.5 * math.log(2 * math.pi)).float()
+    return (-error / (2 * scale**2) - torch.log(scale) - 0.5 * math.log(2 * math.pi)).to(dtype)
 
 
 KL_FORMS = ("exact_mean", "flow_grpo_code", "velocity_mse")
@@ -134,8 +161,8 @@ def transition_kl(
 
 
 def noise_interval(kernel: str, t: Tensor, t_next: Tensor) -> Tensor:
-    """Time (B,) float32 in a step's noise variance `std^2 = sigma^2 h`: t - t_next for the SDE kernels, 1 for cps."""
-    return torch.ones_like(t) if kernel == "cps" else t - t_next
+    """Time (B,) in a step's noise variance `std^2 = sigma^2 h`: t - t_next for the SDE kernels, 1 for cps and ddim."""
+    return torch.ones_like(t) if kernel in ("cps", "ddim") else t - t_next
 
 
 def velocity_mse(v: Tensor, v_ref: Tensor) -> Tensor:
@@ -150,7 +177,7 @@ def _prepare(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: Noise
     if t.shape != x.shape[:1] or t_next.shape != x.shape[:1]:
         raise ValueError(f"times must have shape ({x.shape[0]},), got {tuple(t.shape)} and {tuple(t_next.shape)}")
     # A half-precision time near 1 rounds to 1 and would silently take the t = 1 branch of flow_sde.
-    if t.dtype != torch.float32 or t_next.dtype != torch.float32:
+    if not {t.dtype, t_next.dtype} <= {torch.float32, torch.float64}:
         raise ValueError(f"times must be the grid's float32 values, got {t.dtype} and {t_next.dtype}")
     level = torch.as_tensor(noise_level, dtype=torch.float64)
     if level.dim() > 0:
@@ -159,6 +186,13 @@ def _prepare(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, noise_level: Noise
     if not bool((level >= 0).all()):
         raise ValueError(f"noise_level must be a number >= 0, got {noise_level}")
     return t.double(), t_next.double(), level
+
+
+def _at_most_one(level: Tensor, kernel: str) -> None:
+    if bool((level > 1).any()):
+        raise ValueError(
+            f"{kernel}: noise_level must lie in [0, 1], got {level.max().item():g} (1 already renews all noise)"
+        )
 
 
 def _sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, sigma: Tensor) -> Transition:

@@ -15,6 +15,8 @@ from torch import Tensor
 STEP_STREAM = 0
 INITIAL_STREAM = 1
 PLAN_STREAM = 2
+BRANCH_STREAM = 3
+"""Steps that a group takes together; there the sample is the group."""
 
 
 def keyed_generator(

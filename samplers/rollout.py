@@ -29,7 +29,7 @@ class Trajectory:
 
     states: T+1 tensors (B, ...) in the stored dtype, None where no stochastic step starts or ends; the last one, the
     sample, is always there.
-    log_probs: (B, S) float32, columns in the order of `plan.stochastic`. grid: (T+1,) float32.
+    log_probs: (B, S) float32, or the dtype asked for; columns in the order of `plan.stochastic`. grid: (T+1,) float32.
     completions: S clean samples (B, ...), from the state before each stochastic step; empty if none were asked for.
     nfe: velocity evaluations, summed over images and completions (guidance that runs the network twice counts once here).
     calls: batched velocity calls, one after the other, if `chunk` never splits one.
@@ -72,10 +72,13 @@ def rollout(
     noise: Callable[[int], Tensor],
     store_dtype: torch.dtype = torch.float32,
     log_prob_form: str | None = None,
+    log_prob_dtype: torch.dtype = torch.float32,
     completions: CompletionPlan | None = None,
     chunk: int | None = None,
 ) -> Trajectory:
-    """Sample from the initial noise x0 (B, ...): `kernel` at the plan's stochastic steps, Euler at the others.
+    """Sample from the state x0 (B, ...) at grid[0]: `kernel` at the plan's stochastic steps, Euler at the others.
+
+    The plan's split is not looked at: a branched trajectory is a rollout of its prefix and one of its suffix.
 
     grid is (T+1,) float32, noise_level a number or one per step (T,), `noise(k)` gives step k's standard normal noise
     (B, ...). Every state is rounded to `store_dtype` before it is scored or fed on, so scoring the stored states again
@@ -101,11 +104,12 @@ def rollout(
         step = KERNELS[kernel if k in stochastic else "ode"](x.float(), v, t, t_next, levels[k])
         if k in stochastic:
             x = _add_noise(step, noise(k)).to(store_dtype)
-            log_probs.append(log_prob(x, step.mean, step.std, form))
+            log_probs.append(log_prob(x, step.mean, step.std, form, log_prob_dtype))
         else:
             x = step.mean.to(store_dtype)
         states.append(x if k + 1 in kept else None)
-    scores = torch.stack(log_probs, dim=1) if log_probs else torch.zeros(x.shape[0], 0, device=x.device)
+    empty = torch.zeros(x.shape[0], 0, dtype=log_prob_dtype, device=x.device)
+    scores = torch.stack(log_probs, dim=1) if log_probs else empty
     clean = front.finished() if front is not None else []
     return Trajectory(states, scores, grid, plan, clean, evaluator.nfe, evaluator.calls)
 
@@ -193,5 +197,7 @@ def _check(grid: Tensor, plan: Plan, kernel: str) -> None:
         raise ValueError(f"unknown kernel {kernel!r}; choose one of {', '.join(KERNELS)}")
     if grid.shape != (plan.num_steps + 1,):
         raise ValueError(f"a plan of {plan.num_steps} steps needs {plan.num_steps + 1} times, got {tuple(grid.shape)}")
+    if plan.stochastic and plan.stochastic[-1] == plan.num_steps - 1 and not grid[-1] > 0:
+        raise ValueError("a stochastic last step needs a grid that ends above 0: its noise would have std 0")
     if kernel == "ode" and plan.stochastic:
         raise ValueError("kernel ode is deterministic and has no log-prob; use Plan(T, ()) or a stochastic kernel")

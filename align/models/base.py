@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from align.errors import UserError
 from align.schema import nearest
+from samplers.grids import make_grid
 
-PLAYGROUND = Path(__file__).parent.parent / "playground" / "weights"
+_PLAYGROUND = Path(__file__).parent.parent / "playground"
+SHIPPED = {"playground": _PLAYGROUND / "weights", "playground-unet": _PLAYGROUND / "unet_weights"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,8 +41,9 @@ class ModelConfig:
     """Which base model, and how it runs."""
 
     path: str = "playground"
-    """Local diffusers folder, hub id, or `playground` (the tiny model that ships with the package)."""
-    family: Literal["auto", "sd3"] = "auto"
+    """Local diffusers folder, hub id, or a tiny model that ships with the package: `playground` (SD3 type) or
+    `playground-unet` (SD 1.5 type)."""
+    family: Literal["auto", "sd", "sdxl", "sd3"] = "auto"
     """Adapter to use; auto reads the pipeline class in model_index.json."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
@@ -101,12 +104,17 @@ class Conditioning:
 class ImageModel:
     """A diffusers pipeline seen by the loops: velocity, prompt embeddings, decoding and the adapter.
 
-    Subclasses fill in `encode`, `velocity` and the class attributes.
+    States are in flow coordinates, x = (1 - t) data + t noise, for every family. Subclasses fill in `encode`,
+    `_predict` and the class attributes.
     """
 
     family: str
     lora_targets: tuple[str, ...]
     denoiser_name = "transformer"
+    load_arguments: ClassVar[dict[str, Any]] = {}
+    """Further arguments of `from_pretrained`."""
+    end_time = 0.0
+    """Flow time of final states: the last time of every grid."""
 
     def __init__(self, pipe: Any, config: ModelConfig, device: torch.device) -> None:
         self.pipe, self.config, self.device = pipe, config, device
@@ -119,7 +127,9 @@ class ImageModel:
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         self.network.to(device)
-        pipe.vae.to(device, memory_format=torch.channels_last)  # the layout that convolutions are fast in, on CPUs twice
+        pipe.vae.to(
+            device, memory_format=torch.channels_last
+        )  # the layout that convolutions are fast in, on CPUs twice
         if config.vae_slicing:
             pipe.vae.enable_slicing()
         pipe.set_progress_bar_config(disable=True)
@@ -176,7 +186,29 @@ class ImageModel:
         The one function used by rollouts, training, completions and evaluation. With `guidance_scale` g != 1 it
         returns uncond + g (cond - uncond), at twice the cost.
         """
+        guidance = self.guidance_scale
+        if guidance == 1.0:
+            return self._predict(x, t, cond)
+        empty = self.conditioning([""]).take([0] * len(x))
+        both = self._predict(torch.cat([x, x]), torch.cat([t, t]), Conditioning.stack([cond, empty]))
+        conditional, unconditional = both.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    def _predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """One network evaluation of `velocity`, without guidance."""
         raise NotImplementedError
+
+    def grid(self, kind: str, num_steps: int, shift: float = 3.0, custom: Sequence[float] | None = None) -> Tensor:
+        """Sampling times, float32 (num_steps + 1,), of one of `samplers.grids.GRID_KINDS`; the last is `end_time`."""
+        return make_grid(kind, num_steps, scheduler=self.pipe.scheduler, shift=shift, custom=custom)
+
+    def noise_scale(self, t0: float) -> float:
+        """What standard normal noise is multiplied by to start from at time t0."""
+        return 1.0
+
+    def clean(self, latents: Tensor) -> Tensor:
+        """Final states (B, C, h, w), at `end_time`, as the clean latents that the VAE decodes."""
+        return latents
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -191,11 +223,11 @@ class ImageModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 16) -> Tensor:
-        """Latents (B, C, h, w) float32 -> images (B, 3, H, W) float32 in [0, 1]."""
+        """Final states (B, C, h, w) float32 -> images (B, 3, H, W) float32 in [0, 1]."""
         config = self.pipe.vae.config
         images = []
         for chunk in latents.split(batch_size):
-            unscaled = chunk.float() / config.scaling_factor + (config.shift_factor or 0.0)
+            unscaled = self.clean(chunk.float()) / config.scaling_factor + (config.shift_factor or 0.0)
             unscaled = unscaled.contiguous(memory_format=torch.channels_last)
             decoded = self.pipe.vae.decode(unscaled, return_dict=False)[0]
             images.append(decoded.div_(2).add_(0.5).clamp_(0, 1))  # in place: full-size images are large
@@ -229,6 +261,7 @@ class ImageModel:
         from peft import set_peft_model_state_dict
 
         state = self.pipe.lora_state_dict(_existing(folder, "model.lora.init_from"))
+        state = state[0] if isinstance(state, tuple) else state  # UNet pipelines return their network alphas beside it
         prefix = f"{self.denoiser_name}."
         values = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         try:
@@ -299,8 +332,8 @@ def _existing(folder: str, key: str) -> str:
 
 def resolve_path(config: ModelConfig) -> str:
     """The folder or hub id to load; a missing local folder is a UserError."""
-    if config.path == "playground":
-        return str(PLAYGROUND)
+    if config.path in SHIPPED:
+        return str(SHIPPED[config.path])
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") != 1
     folder = Path(config.path).expanduser()
     if folder.is_dir():
@@ -308,7 +341,7 @@ def resolve_path(config: ModelConfig) -> str:
             raise UserError(f"model.path: {config.path} has no model_index.json; is it a diffusers pipeline folder?")
         return str(folder)
     if looks_local:
-        raise UserError(f"model.path: no folder {config.path}{nearest(config.path, ['playground'])}")
+        raise UserError(f"model.path: no folder {config.path}{nearest(config.path, list(SHIPPED))}")
     return config.path
 
 
@@ -325,10 +358,16 @@ def pipeline_index(config: ModelConfig) -> dict[str, Any]:
 
 def family_of(config: ModelConfig) -> type[ImageModel]:
     """The adapter class for the configured pipeline."""
+    from align.models.sd import SDModel
     from align.models.sd3 import SD3Model
+    from align.models.sdxl import SDXLModel
 
-    families: dict[str, type[ImageModel]] = {"sd3": SD3Model}
-    pipelines = {"StableDiffusion3Pipeline": "sd3"}
+    families: dict[str, type[ImageModel]] = {"sd": SDModel, "sdxl": SDXLModel, "sd3": SD3Model}
+    pipelines = {
+        "StableDiffusionPipeline": "sd",
+        "StableDiffusionXLPipeline": "sdxl",
+        "StableDiffusion3Pipeline": "sd3",
+    }
     if config.family != "auto":
         return families[config.family]
     name = str(pipeline_index(config).get("_class_name"))
@@ -345,6 +384,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> Image
     index = pipeline_index(config)
     # some pipelines insist that optional encoders be passed, even where model_index.json holds nulls
     absent = {k: None for k, v in index.items() if isinstance(v, (list, tuple)) and list(v) == [None, None]}
+    absent |= family.load_arguments
     # half-precision decoders lose detail and can overflow
     dtypes = {"default": DTYPES[config.precision], "vae": torch.float32}
     with quiet():

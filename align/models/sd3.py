@@ -39,16 +39,6 @@ class SD3Model(ImageModel):
             )
         return Conditioning({"embeds": embeds.to(self.dtype), "pooled": pooled.to(self.dtype)})
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """See `ImageModel.velocity`."""
-        guidance = self.guidance_scale
-        if guidance == 1.0:
-            return self._predict(x, t, cond)
-        empty = self.conditioning([""]).take([0] * len(x))
-        both = self._predict(torch.cat([x, x]), torch.cat([t, t]), Conditioning.stack([cond, empty]))
-        conditional, unconditional = both.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
-
     def _predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.network(

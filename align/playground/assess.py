@@ -1,11 +1,11 @@
-"""How good the shipped pipeline is: verifier scores on seen and held-out prompts, a grid of pictures, a card."""
+"""How good a shipped pipeline is: verifier scores on seen and held-out prompts, a grid of pictures, a card."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,32 +15,70 @@ from align.playground.scenes import render, sample_scene
 from align.playground.train_vae import bar
 from align.playground.verifier import verify_batch
 
-# (steps, guidance scale); the first is what reinforcement learning samples with.
-SETTINGS: tuple[tuple[int, float], ...] = ((10, 1.0), (10, 3.0), (28, 4.0))
+
+class Setting(NamedTuple):
+    """How to sample: Euler or DDIM steps, guidance scale and, for DDIM alone, its noise (eta in [0, 1])."""
+
+    steps: int
+    guidance: float
+    eta: float | None = None
+
+    def __str__(self) -> str:
+        name = f"T={self.steps} CFG={self.guidance:g}"
+        return name if self.eta is None else f"{name} eta={self.eta:g}"
+
+
+# By the pipeline's class; the first is what reinforcement learning samples with.
+SETTINGS: dict[str, tuple[Setting, ...]] = {
+    "StableDiffusion3Pipeline": (Setting(10, 1.0), Setting(10, 3.0), Setting(28, 4.0)),
+    "StableDiffusionPipeline": (
+        Setting(20, 1.0, 0.0),
+        Setting(10, 1.0, 0.0),
+        Setting(20, 3.0, 0.0),
+        Setting(10, 3.0, 0.0),
+        Setting(40, 3.0, 0.0),
+        Setting(20, 1.0, 1.0),
+        Setting(10, 1.0, 1.0),
+    ),
+}
 SPLITS: tuple[str, ...] = ("seen_test", "heldout_test")
 
 
 def load_pipeline(folder: Path | str) -> Any:
     """The pipeline of a folder in float32, without a T5 encoder and without its progress bar."""
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    name = json.loads((Path(folder) / "model_index.json").read_text())["_class_name"]
+    if name == "StableDiffusionPipeline":
+        pipe: Any = StableDiffusionPipeline.from_pretrained(folder)
+    else:
+        pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def generate(pipe: Any, texts: list[str], seeds: list[int], steps: int, guidance: float) -> np.ndarray:
-    """Images uint8 (N, 64, 64, 3), one for each text, from noise that depends on its seed alone."""
+def settings_of(pipe: Any) -> tuple[Setting, ...]:
+    """The settings that a pipeline is assessed in."""
+    return SETTINGS[type(pipe).__name__]
+
+
+def generate(
+    pipe: Any, texts: list[str], seeds: list[int], steps: int, guidance: float, eta: float | None = None
+) -> np.ndarray:
+    """Images uint8 (N, 64, 64, 3), one for each text, from noise that depends on its seed alone.
+
+    eta: the noise of DDIM in [0, 1], of the Stable Diffusion pipeline alone.
+    """
+    extra = {"max_sequence_length": 0} if eta is None else {"eta": eta}
     images = []
     for low in range(0, len(texts), 32):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[low : low + 32]]
         part = pipe(
             texts[low : low + 32],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=generators,
-            max_sequence_length=0,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[low : low + 32]],
             output_type="np",
+            **extra,
         ).images
         images.append((part * 255).round().astype(np.uint8))
     return np.concatenate(images)
@@ -49,16 +87,16 @@ def generate(pipe: Any, texts: list[str], seeds: list[int], steps: int, guidance
 def assess_worker(rank: int, world: int, folder: str, out: str, count: int) -> None:
     """Score this process's share of `count` prompts of each split in each setting; writes out/scores-RANK.json."""
     pipe = load_pipeline(folder)
-    jobs = [(split, *setting) for split in SPLITS for setting in SETTINGS]
+    jobs = [(split, setting) for split in SPLITS for setting in settings_of(pipe)]
     rows: list[dict[str, Any]] = []
-    for split, steps, guidance in bar(jobs, rank, desc="assess"):
+    for split, setting in bar(jobs, rank, desc="assess"):
         picked = list(enumerate(prompts(split, count)))[rank::world]
         texts, specs = [p["prompt"] for _, p in picked], [p["metadata"] for _, p in picked]
-        images = generate(pipe, texts, [i for i, _ in picked], steps, guidance)
+        images = generate(pipe, texts, [i for i, _ in picked], *setting)
         for verdict, spec in zip(verify_batch(images, specs), specs, strict=True):
             rows.append(
                 {
-                    "setting": f"{split.removesuffix('_test')} T={steps} CFG={guidance:g}",
+                    "setting": f"{split.removesuffix('_test')} {setting}",
                     "category": spec["category"],
                     "full": float(verdict.full),
                     "graded": verdict.graded,
@@ -68,13 +106,13 @@ def assess_worker(rank: int, world: int, folder: str, out: str, count: int) -> N
 
 
 def summarise(folder: Path, world: int) -> dict[str, dict[str, float]]:
-    """Means over the prompts of each setting, and over each category of the settings at CFG 1."""
+    """Means over the prompts of each setting, and over each category of those at CFG 1 without noise."""
     sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for rank in range(world):
         for row in json.loads((folder / f"scores-{rank}.json").read_text()):
             scores = (row["full"], row["graded"])
             sums[row["setting"]].append(scores)
-            if row["setting"].endswith("CFG=1"):
+            if row["setting"].endswith(("CFG=1", "CFG=1 eta=0")):
                 sums[f"{row['setting']} {row['category']}"].append(scores)
     return {
         name: {"n": len(rows), "full": round(float(f), 4), "graded": round(float(g), 4)}
@@ -112,8 +150,11 @@ GRID_PROMPTS: tuple[str, ...] = (
 )
 
 
-def picture_grid(pipe: Any, columns: int = 6, steps: int = 10, guidance: float = 1.0) -> Any:
-    """A PIL image: one row of `columns` samples for each of GRID_PROMPTS (the last holds held-out pairs)."""
+def picture_grid(pipe: Any, columns: int = 6) -> Any:
+    """A PIL image: one row of `columns` samples for each of GRID_PROMPTS (the last holds held-out pairs).
+
+    Sampled in the first of the pipeline's settings.
+    """
     from PIL import Image, ImageDraw
 
     side, label, scale = 64, 14, 2
@@ -121,7 +162,7 @@ def picture_grid(pipe: Any, columns: int = 6, steps: int = 10, guidance: float =
     sheet = Image.new("RGB", (columns * cell, len(GRID_PROMPTS) * (cell + label)), "white")
     draw = ImageDraw.Draw(sheet)
     texts = [text for text in GRID_PROMPTS for _ in range(columns)]
-    images = generate(pipe, texts, list(range(len(texts))), steps, guidance)
+    images = generate(pipe, texts, list(range(len(texts))), *settings_of(pipe)[0])
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         top = row * (cell + label)

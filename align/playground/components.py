@@ -1,6 +1,7 @@
-"""The parts of the playground's Stable Diffusion 3 pipeline, all of them ordinary diffusers / transformers classes.
+"""The parts of the playground's two pipelines, all of them ordinary diffusers / transformers classes.
 
-Sizes: 64x64 images, 16x16 latents of 4 channels, 16 text tokens of width 128 (two encoders of 64), no T5 encoder.
+Sizes: 64x64 images, 16x16 latents of 4 channels, 16 text tokens. The Stable Diffusion 3 pipeline reads two text encoders
+of width 64 and no T5 encoder; the Stable Diffusion pipeline (U-Net) reads the first of them and shares the autoencoder.
 """
 
 from __future__ import annotations
@@ -153,18 +154,110 @@ def build_pipeline(vae: Any, text_encoders: tuple[Any, Any], transformer: Any) -
     )
 
 
+def build_unet() -> Any:
+    """A `UNet2DConditionModel` of 48 channels at 16x16 and, with attention of 4 heads, 128 at 8x8; predicts the noise."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(48, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,  # the number of heads: diffusers keeps the historical name
+        norm_num_groups=8,
+    )
+
+
+def unet_text_encoder(encoder: Any) -> Any:
+    """A `CLIPTextModel` whose last layer's output, normalised, is the penultimate hidden state of an SD3 encoder.
+
+    The SD3 pipeline reads hidden_states[-2], so the last layer of its encoders never learned to condition anything: it is
+    left out. The final norm, which that state has not passed either, starts anew as a plain normalisation.
+    """
+    from transformers import CLIPTextModel
+
+    config = deepcopy(encoder.config)
+    config.num_hidden_layers -= 1
+    config.architectures = ["CLIPTextModel"]
+    short = CLIPTextModel(config)
+    layers = {name.removeprefix("text_model."): p for name, p in encoder.state_dict().items()}
+    prefix = "text_model." if any(name.startswith("text_model.") for name in short.state_dict()) else ""
+    short.load_state_dict({name: layers[name.removeprefix(prefix)] for name in short.state_dict()})
+    norm: Any = short.get_submodule(f"{prefix}final_layer_norm")
+    norm.reset_parameters()  # weight 1, bias 0
+    return short.eval().requires_grad_(False)
+
+
+def build_unet_pipeline(vae: Any, text_encoder: Any, unet: Any) -> Any:
+    """The `StableDiffusionPipeline` of the given parts, with DDIM on Stable Diffusion's noise schedule."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+        timestep_spacing="leading",
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=build_tokenizer(),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def shared_parts(first: Path) -> tuple[Any, Any]:
+    """The autoencoder and the U-Net's text encoder, frozen float32 modules made from the folder of the first base.
+
+    The autoencoder names no shift: the Stable Diffusion pipeline would not undo one.
+    """
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModelWithProjection
+
+    vae = AutoencoderKL.from_pretrained(first / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+    vae.register_to_config(shift_factor=None)
+    encoder = CLIPTextModelWithProjection.from_pretrained(first / "text_encoder", dtype=torch.float32)
+    return vae, unet_text_encoder(encoder)
+
+
+def save_unet_pipeline(folder: Path, vae: Any, text_encoder: Any, unet: Any) -> None:
+    """Write the Stable Diffusion pipeline as float16 safetensors, casting copies of the parts."""
+    parts = [deepcopy(part).to(torch.float16) for part in (vae, text_encoder, unet)]
+    _save(build_unet_pipeline(*parts), folder)
+
+
 def save_pipeline(folder: Path, vae: Any, text_encoders: tuple[Any, Any], transformer: Any) -> None:
     """Write the pipeline as float16 safetensors, casting copies of the parts."""
     parts = [deepcopy(part).to(torch.float16) for part in (vae, *text_encoders, transformer)]
-    pipe = build_pipeline(parts[0], (parts[1], parts[2]), parts[3])
+    _save(build_pipeline(parts[0], (parts[1], parts[2]), parts[3]), folder)
+
+
+def _save(pipe: Any, folder: Path) -> None:
     pipe.save_pretrained(folder, safe_serialization=True)
-    for name in ("tokenizer", "tokenizer_2"):
-        write_classic_tokenizer_files(folder / name)
-    for name in ("text_encoder", "text_encoder_2"):
+    for tokenizer in folder.glob("tokenizer*"):
+        write_classic_tokenizer_files(tokenizer)
+    for encoder in folder.glob("text_encoder*"):
         # transformers 5 loads a model in the dtype that its config names, diffusers in float32 unless told otherwise:
         # a plain `from_pretrained` would mix the two and fail at the first convolution.
-        path = folder / name / "config.json"
+        path = encoder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None):  # where a shared part was read from: of no use to anyone else
+            path.write_text(json.dumps(config, indent=2) + "\n")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
 

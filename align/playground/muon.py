@@ -1,5 +1,7 @@
 """Momentum orthogonalised by Newton-Schulz (Muon), its matrix work divided over the processes.
 
+A convolution's kernel (out, in, h, w) counts as the matrix (out, in h w).
+
 The quintic iteration and its coefficients: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/
 """
 
@@ -51,9 +53,9 @@ class Muon:
         updates = [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=True)]
         for ids in self.mine:
             directions = torch.stack([torch.lerp(grads[i], self.buffers[i], self.momentum) for i in ids])
-            for i, update in zip(ids, orthogonalise(directions), strict=True):
-                updates[i].copy_(update)
+            for i, update in zip(ids, orthogonalise(directions.flatten(2)), strict=True):
+                updates[i].copy_(update.view_as(updates[i]))
         if self.world > 1:
             dist.all_reduce(flat)
         for p, update in zip(self.parameters, updates, strict=True):
-            p.add_(update, alpha=-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+            p.add_(update, alpha=-lr * max(1.0, p.shape[0] / p[0].numel()) ** 0.5)

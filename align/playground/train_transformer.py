@@ -29,27 +29,35 @@ from align.playground.train_vae import bar, load_vae, replace
 
 
 @dataclass(frozen=True)
-class FlowRecipe:
-    """Settings of the transformer's training; batch is over all processes.
+class Recipe:
+    """Settings of a base's training; batch is over all processes.
 
     The learning rates follow a cosine to zero over `steps`, but training ends at `stop`: a fully trained base is right
     on most prompts and leaves a policy little to learn.
-    t is logit-normal with mean `t_mean` and standard deviation 1, 1 being pure noise (arXiv:2403.03206, section 3.1).
     """
 
     steps: int = 4000
     stop: int = 2400
     batch: int = 64
-    layers: int = 6
     muon_lr: float = 0.02
     adam_lr: float = 1e-3
     warmup: int = 100
-    t_mean: float = 0.3
     caption_dropout: float = 0.1
     ema: float = 0.998
     seed: int = 0
     save_every: int = 300
     export_every: int = 800
+
+
+@dataclass(frozen=True)
+class FlowRecipe(Recipe):
+    """Settings of the transformer's training.
+
+    t is logit-normal with mean `t_mean` and standard deviation 1, 1 being pure noise (arXiv:2403.03206, section 3.1).
+    """
+
+    layers: int = 6
+    t_mean: float = 0.3
 
 
 class MatmulAttention:
@@ -111,6 +119,8 @@ def split_parameters(transformer: Any, encoders: nn.ModuleList) -> tuple[list[Te
 class Trainer:
     """Float32 weights, a bfloat16 working copy of the transformer, optimisers and the averaged weights."""
 
+    recipe: Any
+
     def __init__(self, recipe: FlowRecipe, rank: int, world: int) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe, self.rank, self.world = recipe, rank, world
@@ -119,10 +129,14 @@ class Trainer:
         initialise(self.transformer)
         self.work = deepcopy(self.transformer).to(torch.bfloat16)
         self.work.set_attn_processor(MatmulAttention())
+        self._optimise(*split_parameters(self.transformer, self.encoders))
+
+    def _optimise(self, matrices: list[Tensor], rest: list[Tensor]) -> None:
+        """Set up the optimisers (Muon for `matrices`, AdamW for `rest`) and the average of the weights just built."""
         self.pairs = list(zip(self.transformer.parameters(), self.work.parameters(), strict=True))
-        matrices, rest = split_parameters(self.transformer, self.encoders)
-        self.muon = Muon(matrices, rank=rank, world=world)
-        self.adam = torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
+        self.muon = Muon(matrices, rank=self.rank, world=self.world)
+        lr = self.recipe.adam_lr
+        self.adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
         self.parameters = [*matrices, *rest]
         self.average = [p.detach().clone() for p in self.parameters]
         self.empty = token_ids(build_tokenizer(), [""])[0]
@@ -194,23 +208,31 @@ class Trainer:
         """Write the pipeline with the averaged weights."""
         current = [p.detach().clone() for p in self.parameters]
         torch._foreach_copy_(self.parameters, self.average)
-        save_pipeline(folder, load_vae(root), (self.encoders[0], self.encoders[1]), self.transformer)
+        self.write(root, folder)
         torch._foreach_copy_(self.parameters, current)
+
+    def write(self, root: Path, folder: Path) -> None:
+        """Write the pipeline with the present weights."""
+        save_pipeline(folder, load_vae(root), (self.encoders[0], self.encoders[1]), self.transformer)
 
 
 def flow_worker(rank: int, world: int, folder: str, out: str, recipe: FlowRecipe) -> None:
     """Train, saving state into `folder` and the averaged pipeline into `out` from time to time and at the end."""
-    root = Path(folder)
+    run(Trainer(recipe, rank, world), Path(folder), Path(out), "flow")
+
+
+def run(trainer: Trainer, root: Path, out: Path, stage: str) -> None:
+    """Train to the recipe's `stop` from the last state in `root`; at the end writes `stage`.json beside it."""
+    recipe, rank, world = trainer.recipe, trainer.rank, trainer.world
     latents, ids = open_array(root, "latents"), open_array(root, "ids")
-    trainer = Trainer(recipe, rank, world)
-    resume = root / "flow_state.pt"
+    resume = root / f"{stage}_state.pt"
     if resume.exists():
         trainer.load(resume)
     share_size = recipe.batch // world
     rows = slice(rank * share_size, (rank + 1) * share_size)
     began, mean = time.time() - trainer.seconds, 0.0
     start = trainer.step_number
-    steps = bar(range(start, recipe.stop), rank, desc="flow", initial=start, total=recipe.stop)
+    steps = bar(range(start, recipe.stop), rank, desc=stage, initial=start, total=recipe.stop)
     for step in steps:
         picked = epoch_rows(recipe.seed + 1, step, recipe.batch, len(latents))[rows]
         draw = np.random.default_rng([recipe.seed, 5, step])
@@ -228,9 +250,9 @@ def flow_worker(rank: int, world: int, folder: str, out: str, recipe: FlowRecipe
             if trainer.step_number % recipe.save_every == 0:
                 trainer.save(resume)
             if trainer.step_number % recipe.export_every == 0:
-                trainer.export(root, Path(out))
+                trainer.export(root, out)
     if rank == 0:
         trainer.save(resume)
-        trainer.export(root, Path(out))
+        trainer.export(root, out)
         summary = {"seconds": trainer.seconds, "loss": mean, "recipe": asdict(recipe)}
-        (root / "flow.json").write_text(json.dumps(summary))
+        (root / f"{stage}.json").write_text(json.dumps(summary))

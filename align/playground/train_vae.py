@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.playground.components import build_vae
+from align.playground.components import build_vae, shared_parts
 from align.playground.data import epoch_rows, fill_scenes, open_array, to_tensor
 from align.playground.parallel import average_gradients
 
@@ -130,12 +130,15 @@ def load_vae(root: Path) -> Any:
 
 
 @torch.no_grad()
-def latent_worker(rank: int, world: int, folder: str, batch: int = 64) -> None:
-    """Write the normalised latents of this process's share of the images."""
+def latent_worker(rank: int, world: int, folder: str, first: str | None = None, batch: int = 64) -> None:
+    """Write the latents of this process's share of the images, normalised as the pipeline that decodes them expects.
+
+    They come from the autoencoder just trained, or from that of the base in the folder `first`, for its U-Net sibling.
+    """
     root = Path(folder)
     images, latents = open_array(root, "images"), open_array(root, "latents", "r+")
-    vae = load_vae(root)
-    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    vae = load_vae(root) if first is None else shared_parts(Path(first))[0]
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
     last = (rank + 1) * len(images) // world
     for low in bar(range(rank * len(images) // world, last, batch), rank, desc="latents"):
         high = min(low + batch, last)

@@ -32,7 +32,7 @@ def test_folder_is_small_and_float16() -> None:
     assert len(files) == 4
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            assert {tensors.get_tensor(key).dtype for key in tensors.keys()}  # noqa: SIM118 == {torch.float16}
+            assert {tensors.get_tensor(k).dtype for k in tensors.keys()} == {torch.float16}  # noqa: SIM118
     index = json.loads((WEIGHTS / "model_index.json").read_text())
     assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from samplers.kernels import (
     KERNELS,
     cps,
     dance_sde,
+    ddim,
     flow_sde,
     log_prob,
     noise_interval,
@@ -19,8 +21,9 @@ from samplers.kernels import (
     transition_kl,
     velocity_mse,
 )
+from samplers.vp import alpha_sigma, flow_time, time_table, vp_scale
 
-NOISE = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "psi_sde": 0.3, "cps": 0.7}
+NOISE = {"ode": 0.0, "flow_sde": 0.7, "dance_sde": 0.3, "psi_sde": 0.3, "cps": 0.7, "ddim": 0.7}
 STOCHASTIC = ("flow_sde", "dance_sde", "cps")
 SD3_10 = torch.tensor(
     [1, 0.960129, 0.913349, 0.857692, 0.790368, 0.707278, 0.602151, 0.464876, 0.278049, 0.008929, 0.0]
@@ -50,6 +53,145 @@ def test_scalar_example(kernel, mean, std):
     step = KERNELS[kernel](x, v, times(0.6), times(0.45), NOISE[kernel])
     assert step.mean.item() == pytest.approx(mean, abs=1e-6)
     assert step.std.item() == pytest.approx(std, abs=1e-6)
+
+
+# sigma, g, mean, std, sample and log-prob of flow_sde at steps of the 10-step grid of shift 3, with x = 1, v = -.5, z = .3
+FLOW_SDE_TABLE = {
+    0: (1.0, 3.7040518, 0.7728571, 0.7, 0.9828571, -0.6072636),
+    4: (0.8181818, 1.4849242, 0.9505682, 0.3877382, 1.0668896, -0.0165136),
+    8: (0.4285714, 0.6062178, 1.0345982, 0.2561738, 1.1114503, 0.3979607),
+    9: (0.25, 0.4041452, 1.0739583, 0.2020726, 1.1345801, 0.6351897),
+}
+
+
+@pytest.mark.parametrize("k", list(FLOW_SDE_TABLE))
+def test_golden_flow_sde_steps_of_a_shifted_grid(k):
+    sigma, diffusion, mean, std, sample, score = FLOW_SDE_TABLE[k]
+    grid = linspace_shift_grid(10, 3.0)
+    x, v = torch.ones(1, 1), torch.full((1, 1), -0.5)
+    step = flow_sde(x, v, grid[k : k + 1], grid[k + 1 : k + 2], 0.7)
+    drawn = step.mean + 0.3 * step.std
+    interval = noise_interval("flow_sde", grid[k], grid[k + 1])
+    got = (grid[k], step.std / interval.sqrt(), step.mean, step.std, drawn, log_prob(drawn, step.mean, step.std))
+    expected = (sigma, diffusion, mean, std, sample, score)
+    assert [value.item() for value in got] == pytest.approx(expected, abs=1e-6, rel=1e-6)
+
+
+def test_golden_cps_step_of_a_shifted_grid():
+    grid, x, v = linspace_shift_grid(10, 3.0), torch.ones(1, 1), torch.full((1, 1), -0.5)
+    step = cps(x, v, grid[4:5], grid[5:6], 0.7)
+    assert (step.mean.item(), step.std.item()) == pytest.approx((0.6618117, 0.6682549), abs=1e-6)
+    assert cps(x, v, grid[4:5], grid[5:6], 0.0).mean.item() == pytest.approx(1.0340909, abs=1e-6)
+
+
+def stable_diffusion(steps=None):
+    """The genuine scheduler of Stable Diffusion 1.x, whose last step ends at timestep 0, as DDPO clamps it."""
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, set_alpha_to_one=False,
+        clip_sample=False,
+    )  # fmt: skip
+    if steps:
+        scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def flow_times(dtype):
+    """Flow time (1000,) of every timestep: from betas in float64, or as a run has them, from diffusers' float32 betas."""
+    if dtype == torch.float32:
+        return time_table(stable_diffusion().alphas)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return flow_time(torch.cumprod(1 - betas, 0))
+
+
+def vp_step(t, t_next, eta, x=1.0, noise=0.5, z=0.3):
+    """(clean estimate, mean, std, sample, log-prob) of `ddim` in VP coordinates, from a VP state and its noise estimate."""
+    (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(t), alpha_sigma(t_next)
+    clean, back = (x - sigma * noise) / alpha, alpha_next + sigma_next
+    step = ddim((x * vp_scale(t)).view(-1, 1), (noise - clean).view(-1, 1), t, t_next, eta)
+    drawn = step.mean + z * step.std.view(-1, 1)
+    score = log_prob(drawn, step.mean, step.std, dtype=torch.float64) - back.log()
+    columns = (clean, step.mean.view(-1) * back, step.std * back, drawn.view(-1) * back, score)
+    return torch.stack([column.double() for column in columns], dim=1)
+
+
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+DDIM_STD = {
+    50: {(981, 961): 0.4544632724, (501, 481): 0.2947845403, (21, 1): 0.0394795461, (1, 0): 0.0206483202},
+    20: {(951, 901): 0.6443910140, (501, 451): 0.4293211493, (51, 1): 0.0405967319, (1, 0): 0.0206483202},
+}
+# clean estimate, mean, std, sample and log-prob of (timestep, next one, eta), with x = 1, noise estimate .5, z = .3
+DDIM_STEPS = {
+    (501, 481, 1.0): (1.0950823731, 0.9928623707, 0.2947845403, 1.0812977327, 0.2575720282),
+    (501, 481, 0.5): (1.0950823731, 1.0131818165, 0.1473922701, 1.0573994976, 0.9507192088),
+    (1, 0, 1.0): (None, 0.9900705406, 0.0206483202, 0.9962650366, 2.9161827766),
+}
+
+
+@PRECISIONS
+@pytest.mark.parametrize("steps", list(DDIM_STD))
+def test_golden_ddim_std_of_stable_diffusion(steps, dtype, tolerance):
+    table, visited = flow_times(dtype), stable_diffusion(steps).timesteps.tolist()
+    for (timestep, after), std in DDIM_STD[steps].items():
+        assert after == [*visited, 0][visited.index(timestep) + 1]
+        got = vp_step(table[[timestep]], table[[after]], 1.0)
+        assert got[0, 2].item() == pytest.approx(std, abs=tolerance)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("case", list(DDIM_STEPS))
+def test_golden_ddim_steps_of_stable_diffusion(case, dtype, tolerance):
+    timestep, after, eta = case
+    table = flow_times(dtype)
+    got = vp_step(table[[timestep]], table[[after]], eta)[0].tolist()
+    for value, expected in zip(got, DDIM_STEPS[case], strict=True):
+        if expected is not None:
+            assert value == pytest.approx(expected, abs=tolerance, rel=tolerance)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_takes_the_steps_of_the_diffusers_scheduler(eta):
+    """In VP coordinates and from its own alphas, the last step included."""
+    scheduler = stable_diffusion(20)
+    timesteps = [*scheduler.timesteps.tolist(), 0]
+    x, noise, z = (normal(20, 16, seed=s) for s in range(3))
+    theirs = [
+        scheduler.step(noise[k], timestep, x[k], eta=eta, variance_noise=z[k]).prev_sample
+        for k, timestep in enumerate(timesteps[:-1])
+    ]
+    times_ = flow_time(scheduler.alphas_cumprod)[timesteps].float()
+    (alpha, sigma), n = alpha_sigma(times_[:-1].view(-1, 1)), vp_scale(times_)
+    clean = (x - sigma * noise) / alpha
+    step = ddim((x * n[:-1, None]).float(), (noise - clean).float(), times_[:-1], times_[1:], eta)
+    ours = (step.mean + step.std.view(-1, 1) * z) / n[1:, None]
+    # the clean estimate is up to 40 at the noisiest step, where one float32 rounding of alpha_bar moves it by 1e-5
+    torch.testing.assert_close(ours.float(), torch.stack(theirs), atol=3e-5, rtol=1e-5)
+
+
+def test_the_last_ddim_step_goes_from_timestep_1_to_0_with_noise():
+    timesteps = stable_diffusion(50).timesteps
+    assert timesteps[-1] == 1
+    table = flow_times(torch.float64)
+    *_, std, sample, score = vp_step(table[[1]], table[[0]], 1.0)[0].tolist()
+    assert std == pytest.approx(0.0206483202, abs=1e-9)
+    assert math.isfinite(sample)
+    assert math.isfinite(score)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_without_noise_cps_is_the_euler_step_bitwise_and_ddim_is_it_to_rounding(steps):
+    for grid in (linspace_shift_grid(steps, 3.0), linspace_shift_grid(steps, 1.0)):
+        x, v = normal(steps, 4, 8, 8), normal(steps, 4, 8, 8, seed=1)
+        euler = ode(x, v, grid[:-1], grid[1:]).mean
+        assert torch.equal(cps(x, v, grid[:-1], grid[1:], 0.0).mean, euler)
+        torch.testing.assert_close(ddim(x, v, grid[:-1], grid[1:], 0.0).mean, euler, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [*STOCHASTIC, "ddim"])
+def test_a_step_without_noise_has_no_log_prob(kernel):
+    x = torch.ones(1, 4)
+    step = KERNELS[kernel](x, x, times(0.6), times(0.45), 0.0)
+    with pytest.raises(ValueError, match="deterministic"):
+        log_prob(x, step.mean, step.std)
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,18 +281,20 @@ def test_last_cps_step_is_the_clean_estimate():
     assert step.std.item() == 0
 
 
-def test_cps_noise_level_is_bounded():
+def test_noise_levels_of_cps_and_ddim_are_bounded():
     x, v = normal(1, 8), normal(1, 8, seed=1)
     fully_renewed = cps(x, v, times(0.6), times(0.45), 1.0)
     torch.testing.assert_close(fully_renewed.mean, 0.55 * (x - 0.6 * v), atol=1e-6, rtol=0)
     assert fully_renewed.std.item() == pytest.approx(0.45, rel=1e-6)
     with pytest.raises(ValueError, match=r"\[0, 1\], got 1\.01"):
         cps(x, v, times(0.6), times(0.45), 1.01)
+    with pytest.raises(ValueError, match=r"ddim: .*\[0, 1\], got 1\.01"):
+        ddim(x, v, times(0.6), times(0.45), 1.01)
     flow_sde(x, v, times(0.6), times(0.45), 1.5)
 
 
 @pytest.mark.parametrize("level", [-0.1, math.nan])
-@pytest.mark.parametrize("kernel", STOCHASTIC)
+@pytest.mark.parametrize("kernel", [*STOCHASTIC, "ddim"])
 def test_noise_levels_below_zero_are_refused(kernel, level):
     x = torch.ones(1, 1)
     with pytest.raises(ValueError, match="noise_level"):
@@ -192,7 +336,7 @@ def test_log_prob_does_not_depend_on_the_batch_or_the_order_of_dimensions_bitwis
     assert torch.equal(log_prob(*shuffled, std, form), together)
 
 
-@pytest.mark.parametrize("kernel", STOCHASTIC)
+@pytest.mark.parametrize("kernel", [*STOCHASTIC, "ddim"])
 def test_noise_level_may_differ_per_element(kernel):
     x, v = normal(3, 8), normal(3, 8, seed=1)
     levels = torch.tensor([0.1, 0.5, 0.9])
@@ -291,6 +435,29 @@ def test_on_policy_log_prob_has_the_known_mean_and_spread():
     # Means of 4000 draws scatter by spread / sqrt(4000), their std by spread / sqrt(8000); 4 of these is the tolerance.
     assert scores.mean().item() == pytest.approx(-0.316436, abs=4 * spread / math.sqrt(batch))
     assert scores.std().item() == pytest.approx(spread, rel=4 / math.sqrt(2 * batch))
+
+
+@pytest.mark.parametrize("kernel", ["ddim", "flow_sde", "cps"])
+def test_on_policy_log_probs_of_a_step_have_the_mean_of_a_gaussian(kernel):
+    """-1/2 - log std - log(2 pi) / 2, within 3 standard errors over 100,000 elements."""
+    elements = 100_000
+    x, v = normal(1, elements), normal(1, elements, seed=1)
+    step = KERNELS[kernel](x, v, times(0.6), times(0.45), NOISE[kernel])
+    drawn = step.mean + step.std * normal(1, elements, seed=2)
+    expected = -0.5 - math.log(step.std.item()) - 0.5 * math.log(2 * math.pi)
+    # an element's -z^2 / 2 scatters by 1 / sqrt(2)
+    assert log_prob(drawn, step.mean, step.std).item() == pytest.approx(expected, abs=3 / math.sqrt(2 * elements))
+
+
+def test_a_shift_of_the_mean_lowers_the_log_prob_by_half_its_square_over_the_variance():
+    """E[new - old] = -delta^2 / (2 std^2), -5.56e-6 here; the noise comes with both signs, so that its own term cancels."""
+    std, delta = torch.tensor([0.3]), 1e-3
+    z = normal(1, 50_000)
+    mean = torch.zeros(1, 100_000)
+    sample = std * torch.cat([z, -z], dim=1)
+    old, new = (log_prob(sample, m, std, dtype=torch.float64) for m in (mean, mean + delta))
+    assert (new - old).item() == pytest.approx(-(delta**2) / (2 * 0.3**2), rel=1e-3)
+    assert (new - old).item() == pytest.approx(-5.56e-6, abs=1e-8)
 
 
 def test_log_prob_gradient_reaches_the_mean():

@@ -5,7 +5,16 @@ from collections import Counter
 import pytest
 
 from samplers.config import SamplerConfig
-from samplers.plans import Plan, draw_window, full_plan, window_plan
+from samplers.plans import (
+    BranchConfig,
+    Plan,
+    branched_plan,
+    draw_window,
+    full_plan,
+    sliding_window,
+    suffix_length,
+    window_plan,
+)
 
 
 def test_full_plan_is_all_but_the_last_step():
@@ -124,3 +133,122 @@ def test_each_bad_setting_gives_exactly_one_line(changes, message):
 def test_all_errors_are_listed_at_once():
     config = SamplerConfig(kernel="sde", grid="karras", solver="heun", num_steps=0, shift=-1.0)
     assert len(config.validate()) == 5
+
+
+def test_with_a_noisy_end_the_last_step_may_be_stochastic_too():
+    assert full_plan(10, noisy_end=True).stochastic == tuple(range(10))
+    assert full_plan(1, noisy_end=True).stochastic == (0,)
+    assert window_plan(10, 7, 3, noisy_end=True).stochastic == (7, 8, 9)
+    assert draw_window(10, 3, 7, 10, seed=0, iteration=0, noisy_end=True).stochastic == (7, 8, 9)
+    starts = [sliding_window(4, 2, 0, 4, 1, 1, i, noisy_end=True).stochastic[0] for i in range(4)]
+    assert starts == [0, 1, 2, 0]
+    with pytest.raises(ValueError, match=r"0\.\.9"):
+        Plan(10, (3, 10), noisy_end=True)
+
+
+# released schedule of 100 stages from 14 to 20 of 20 steps: first and last stage of each length
+STAGES = {14: (0, 14), 15: (15, 28), 16: (29, 42), 17: (43, 57), 18: (58, 71), 19: (72, 85), 20: (86, 99)}
+
+
+def test_the_suffix_grows_over_the_stages_as_published():
+    lengths = [suffix_length(stage, 14, 20, 100) for stage in range(100)]
+    assert lengths == [n for n, (first, last) in STAGES.items() for _ in range(first, last + 1)]
+    assert sum(lengths) / 100 == pytest.approx(16.97)
+    assert {suffix_length(stage, 14, 20, 100) for stage in range(100, 300)} == {20}
+
+
+@pytest.mark.parametrize("noisy_end", [False, True])
+def test_the_trained_steps_of_every_stage_are_the_last_ones(noisy_end):
+    for stage, length in ((0, 14), (57, 17), (99, 20), (250, 20)):
+        config = BranchConfig()
+        plan = config.plan(20, stage, "ddim" if noisy_end else "cps")
+        assert plan.split == 20 - length
+        assert plan.stochastic == tuple(range(20 - length, 20 if noisy_end else 19))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 7, 30])
+def test_the_suffix_reaches_its_end_however_few_the_stages(stages):
+    lengths = [suffix_length(stage, 14, 20, stages) for stage in range(40)]
+    assert lengths[0] == 14
+    assert lengths == sorted(lengths)
+    assert set(lengths[stages:]) == {20}
+
+
+def test_a_branched_plan_is_its_prefix_and_its_suffix():
+    plan = branched_plan(10, 7, noisy_prefix=True)
+    assert plan == Plan(10, (3, 4, 5, 6, 7, 8), split=3, noisy_prefix=True)
+    assert plan.prefix() == Plan(3, (0, 1, 2), noisy_end=True)
+    assert plan.suffix() == Plan(7, (0, 1, 2, 3, 4, 5))
+    assert branched_plan(10, 7).prefix() == Plan(3, (), noisy_end=True)
+    ends = branched_plan(10, 7, noisy_end=True)
+    assert ends.stochastic == (3, 4, 5, 6, 7, 8, 9)
+    assert ends.suffix() == full_plan(7, noisy_end=True)
+    assert branched_plan(10, 10).suffix() == full_plan(10)
+    assert branched_plan(10, 10).split == 0
+
+
+@pytest.mark.parametrize(("suffix", "noisy_end", "least"), [(1, False, 2), (0, True, 1), (11, False, 2), (11, True, 1)])
+def test_a_suffix_without_a_trained_step_or_longer_than_the_chain_is_refused(suffix, noisy_end, least):
+    with pytest.raises(ValueError, match=rf"needs a suffix of {least}\.\.10, got {suffix}"):
+        branched_plan(10, suffix, noisy_end)
+
+
+@pytest.mark.parametrize(("stochastic", "split"), [((2, 3), 3), ((2, 3), -1), ((), 1)])
+def test_a_group_cannot_split_after_its_first_stochastic_step(stochastic, split):
+    with pytest.raises(ValueError, match="splits before its first stochastic step"):
+        Plan(10, stochastic, split=split)
+    assert Plan(10, (2, 3), split=2).split == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "lengths"), [(20, (14, 20)), (10, (7, 10)), (50, (35, 50)), (3, (3, 3)), (1, (1, 1)), (11, (8, 11))]
+)
+def test_the_suffix_begins_at_seventy_percent_rounded_up(steps, lengths):
+    assert BranchConfig().lengths(steps) == lengths
+    assert BranchConfig(suffix_start=1).lengths(steps) == (1, steps)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "prefix", "noisy"),
+    [
+        ("ddim", "auto", True),
+        ("flow_sde", "auto", False),
+        ("cps", "auto", False),
+        ("ddim", "ode", False),
+        ("cps", "stochastic", True),
+    ],
+)
+def test_the_shared_steps_are_drawn_as_published_or_as_told(kernel, prefix, noisy):
+    config = SamplerConfig(kernel=kernel, plan="branched", branch=BranchConfig(prefix=prefix), num_steps=10)
+    assert config.validate() == []
+    plan = config.make_plan(seed=0, iteration=0)
+    assert (plan.split, plan.noisy_prefix, plan.noisy_end) == (3, noisy, kernel == "ddim")
+    assert config.shared_start
+
+
+@pytest.mark.parametrize(
+    ("kernel", "branch", "message"),
+    [
+        ("cps", BranchConfig(suffix_start=1), "branch: need 2 <= suffix_start"),
+        ("ddim", BranchConfig(suffix_start=0), "branch: need 1 <= suffix_start"),
+        ("cps", BranchConfig(suffix_start=8, suffix_end=7), "got 8 and 7"),
+        ("cps", BranchConfig(suffix_end=11), "<= num_steps = 10, got 7 and 11"),
+        ("cps", BranchConfig(stages=0), "branch.stages must be at least 1, got 0"),
+        ("cps", BranchConfig(prefix="euler"), "branch.prefix must be auto, ode or stochastic, got 'euler'"),
+    ],
+)
+def test_bad_branches_are_refused_with_their_numbers(kernel, branch, message):
+    (error,) = SamplerConfig(kernel=kernel, noise_level=0.7, plan="branched", branch=branch).validate()
+    assert message in error
+
+
+def test_ddim_draws_every_step_and_may_take_a_single_one():
+    assert SamplerConfig(kernel="ddim", num_steps=1).validate() == []
+    assert SamplerConfig(kernel="ddim", num_steps=10).make_plan(0, 0) == full_plan(10, noisy_end=True)
+    window = SamplerConfig(kernel="ddim", num_steps=10, plan="window", window_range=[7, 10])
+    assert window.validate() == []
+    assert window.make_plan(0, 0).stochastic == (7, 8, 9)
+    sliding = SamplerConfig(kernel="ddim", num_steps=4, plan="sliding", window_size=2, window_every=1)
+    assert [sliding.make_plan(0, i).stochastic[-1] for i in range(4)] == [1, 2, 3, 1]
+    (error,) = SamplerConfig(kernel="ddim", num_steps=10, noise_level=1.1).validate()
+    assert "at most 1 with kernel ddim" in error

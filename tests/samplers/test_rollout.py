@@ -295,8 +295,8 @@ def test_what_does_not_fit_together_is_refused():
 
     with pytest.raises(ValueError, match="kernel ode is deterministic"):
         run(kernel="ode")
-    with pytest.raises(ValueError, match="unknown kernel 'ddim'"):
-        run(kernel="ddim")
+    with pytest.raises(ValueError, match="unknown kernel 'dpm'"):
+        run(kernel="dpm")
     with pytest.raises(ValueError, match="needs 10 times, got \\(11,\\)"):
         run(steps=9)
     with pytest.raises(ValueError, match="deterministic"):

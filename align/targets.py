@@ -1,0 +1,104 @@
+"""What an iteration's samples are trained towards: rewards, credit, advantages and the choice of samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align import credit
+from align.advantages import group_advantages
+from align.credit_stats import value_stats, zero_spread
+from align.errors import UserError
+from align.history import history_advantages, remember
+from align.prompts import prompt_indices
+from align.run import Run
+from align.scoring import Scores
+from align.selection import select
+from rewards.combine import combine
+from samplers.plans import Plan
+
+
+@dataclass
+class Targets:
+    """Of all N samples of the iteration, equal on every process."""
+
+    advantages: Tensor
+    """(N, S) float32."""
+    kept: Tensor
+    """(N,) bool, the samples to train."""
+    rewards: Tensor
+    """(N,) float32 weighted reward of the final image, NaN where missing."""
+
+
+def prompt_ids(run: Run, iteration: int) -> list[int]:
+    """Positions in the training prompts of an iteration's groups."""
+    train = run.config.train
+    return prompt_indices(len(run.train_prompts), train.prompts_per_iteration, iteration, train.seed)
+
+
+def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> Targets | None:
+    """Targets of all samples, or None if too many scores are missing to learn from this iteration.
+
+    Adds the iteration's metrics of rewards, credit and advantages to `metrics`, and its rewards to the run's history.
+    """
+    config = run.config
+    weights = {name: reward.weight for name, reward in config.rewards.items()}
+    values, valid = combine(scores.values, scores.valid, weights)
+    if not _enough(run, valid, metrics):
+        return None
+    final, known = values[:, -1], valid[:, -1]
+    present = final[known].double()
+    metrics |= {"reward/mean": float(present.mean()), "reward/std": float(present.std(correction=0))}
+    groups = torch.arange(run.shape.samples) // config.train.group_size
+    step_rewards, credit_stats = credit.step_rewards(values, max(1, len(plan.stochastic)), config.credit, groups)
+    advantages, flat = _advantages(run, step_rewards, known, groups, metrics)
+    metrics["train/zero_spread_fraction"] = flat
+    if config.credit.needs_values:
+        metrics |= value_stats(values, plan.stochastic, groups) | zero_spread(step_rewards, plan.stochastic, groups)
+        metrics |= credit_stats
+    if flat > 0.8:
+        run.warn_once(
+            "spread",
+            "over 80 % of the groups have equal rewards and teach nothing; use a finer reward or larger groups",
+        )
+    kept, advantages = select(advantages, known, groups, config.selection)
+    if config.selection.rule != "all":
+        metrics["select/kept_fraction"] = float(kept.double().mean())
+        metrics["select/positive_fraction"] = float((kept & (advantages[:, -1] > 0)).sum() / kept.sum().clamp_min(1))
+    return Targets(advantages, kept, final)
+
+
+def _enough(run: Run, valid: Tensor, metrics: dict[str, float]) -> bool:
+    config = run.config
+    missing = 1 - float(valid.double().mean())
+    metrics["reward/invalid_fraction"] = missing
+    if missing <= config.train.max_invalid_fraction:
+        run.counters.invalid_iterations = 0
+        return True
+    run.counters.invalid_iterations += 1
+    run.warn_once("invalid", f"{missing:.0%} of the scores are missing; such iterations are skipped")
+    if run.counters.invalid_iterations >= 3:
+        raise UserError(
+            f"three iterations in a row lacked over {config.train.max_invalid_fraction:.0%} of their scores"
+        )
+    return False
+
+
+def _advantages(
+    run: Run, step_rewards: Tensor, known: Tensor, groups: Tensor, metrics: dict[str, float]
+) -> tuple[Tensor, float]:
+    """Advantages (N, S), and the share of samples or groups whose rewards have no spread."""
+    config, iteration = run.config.advantage, run.counters.iteration
+    if config.baseline == "group":
+        everyone = torch.ones(len(groups), dtype=torch.bool)  # a missing score is NaN in the step rewards that need it
+        advantages, stats = group_advantages(step_rewards, everyone, groups, config)
+        return advantages, stats["zero_spread_fraction"]
+    ids = prompt_ids(run, iteration)
+    prompts = [ids[int(g)] for g in groups]
+    rewards = step_rewards[:, -1]
+    run.history = remember(run.history, rewards, known, prompts, iteration, config.history)
+    column, stats = history_advantages(rewards, known, prompts, run.history, config.history, config.eps, config.clip)
+    metrics["train/history_fraction"] = stats["history_fraction"]
+    return column.unsqueeze(1).expand(-1, step_rewards.shape[1]), stats["zero_spread_fraction"]

@@ -1,0 +1,272 @@
+"""DDPO, B2-DiffuRL and PRDP on the playground's UNet: gold and proxy reward and diversity on held-out prompts.
+
+    python benchmarks/branching.py run --methods ddpo b2 --seeds 0 1 2   # skips finished runs; start it twice for two cores
+    python benchmarks/branching.py add --methods ddpo --seeds 0 --scratch DIR   # take over the finished run DIR/ddpo-0
+    python benchmarks/branching.py show                                        # figures and tables from the result file
+
+Every run is the real command (`python -m align.train`) on one thread. All train on the proxy, a small open_clip network;
+the exact verifier (gold) is only measured. Diversity is measured afterwards, on every checkpoint's adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import curves
+import torch
+from curves import ROOT, Rows, interval, place
+
+from align.config import load_resolved
+from align.evaluate import sample_images
+from align.models.base import load_model
+from align.playground.diversity import embedding_diversity, layout_diversity, read_layouts
+from align.playground.proxy import embed_images, load_proxy
+from align.prompts import load_prompts
+from align.run import environment
+from align.runfolder import metric_rows
+
+RESULTS = ROOT / "benchmarks" / "results" / "branching.json"
+B2 = "configs/playground/b2_diffurl.yaml"
+LARGE = ["prompts.train=playground:train:2048"]
+# name -> configuration and overrides
+METHODS: dict[str, tuple[str, list[str]]] = {
+    "ddpo": ("configs/playground/ddpo.yaml", []),
+    "b2": (B2, []),
+    "b2_no_curriculum": (B2, ["sampler.branch.suffix_start=10"]),
+    "b2_no_branching": (B2, ["sampler.branch.shared=false"]),
+    "ddpo_large": ("configs/playground/ddpo.yaml", LARGE),
+    "prdp_large": ("configs/playground/prdp.yaml", LARGE),
+}
+COLOURS = {
+    "ddpo": "#d1611f",
+    "b2": "#1f6feb",
+    "b2_no_curriculum": "#1a7f37",
+    "b2_no_branching": "#8250df",
+    "ddpo_large": "#d1611f",
+    "prdp_large": "#0b9aa2",
+}
+# page -> methods (the first is compared with), figure
+PAGES = {
+    "b2-diffurl": ["ddpo", "b2", "b2_no_curriculum", "b2_no_branching"],
+    "prdp": ["ddpo_large", "prdp_large"],
+}
+METRICS = {
+    "verifier": "gold: graded verifier",
+    "proxy": "proxy: CLIP cosine",
+    "clip_distance": "diversity: CLIP distance",
+    "layout_distance": "diversity: layouts",
+}
+PROMPTS, IMAGES = 48, 4
+
+
+def empty() -> dict[str, Any]:
+    """A result file without a run."""
+    machine = environment()
+    return {
+        "command": "python benchmarks/branching.py run",
+        "config": {name: [config, *overrides] for name, (config, overrides) in METHODS.items()},
+        "seeds": [],
+        "machine": machine,
+        "versions": machine["versions"],
+        "rows": [],
+    }
+
+
+def load() -> dict[str, Any]:
+    """The result file, or an empty one."""
+    return curves.load(RESULTS, empty)
+
+
+def run(methods: list[str], seeds: list[int], scratch: Path) -> None:
+    """Every (seed, method) that the result file lacks and no other process works on, one after the other."""
+    for seed in seeds:
+        for method in methods:
+            name = f"{method}-{seed}"
+            with curves.claimed(scratch / "locks" / name) as mine:
+                if not mine or any(r["method"] == method and r["seed"] == seed for r in load()["rows"]):
+                    continue
+                config, overrides = METHODS[method]
+                curves.train(config, overrides, name, seed, scratch)
+                add(method, seed, scratch / name)
+
+
+def add(method: str, seed: int, folder: Path) -> None:
+    """Append one finished run: curves and final scores by gold and proxy, and the diversity of its checkpoints."""
+    rows = curves.run_rows(method, seed, folder) + curves.run_rows(method, seed, folder, "proxy")
+    trained = [r for r in metric_rows(folder / "metrics.jsonl")[0] if r["kind"] == "train"]
+    for key in ("select/kept_fraction", "train/history_fraction", "train/clip_fraction", "train/zero_spread_fraction"):
+        values = [r[key] for r in trained if r.get(key) is not None]
+        if values:
+            row = {"method": method, "seed": seed, "kind": "statistic", "metric": key, "n": len(values)}
+            rows.append(row | {"mean": statistics.mean(values)})
+    curves.append(RESULTS, rows + diversity(method, seed, folder), empty)
+
+
+@torch.no_grad()
+def diversity(method: str, seed: int, folder: Path) -> Rows:
+    """Mean pairwise distances within a prompt's images, for the base and every checkpoint, as points of a curve."""
+    config = load_resolved(folder / "config.yaml")
+    prompts = [p.text for p in load_prompts(config.prompts.eval)[:PROMPTS] for _ in range(IMAGES)]
+    groups = torch.arange(len(prompts)) // IMAGES
+    cost = {r["iteration"]: r for r in metric_rows(folder / "metrics.jsonl")[0] if r["kind"] == "train"}
+    proxy, rows = load_proxy(), []
+    for checkpoint in [None, *sorted((folder / "checkpoints").glob("iteration-*"))]:
+        model = load_model(config.model, "cpu")
+        iteration, spent = 0, {"nfe": 0, "seconds": 0.0}
+        if checkpoint is not None:
+            iteration = int(checkpoint.name.removeprefix("iteration-"))
+            spent = cost[iteration - 1]
+            model.load_adapter(checkpoint / "adapter")
+        guidance = config.eval.guidance_scale or config.sampler.guidance_scale
+        parts = [
+            sample_images(
+                model, prompts[i : i + 64], range(i, min(i + 64, len(prompts))), config.eval.num_steps, guidance, 7
+            )
+            for i in range(0, len(prompts), 64)
+        ]
+        images = torch.cat(parts)
+        found = {
+            "clip_distance": embedding_diversity(embed_images(proxy, images), groups),
+            "layout_distance": layout_diversity(read_layouts(images), groups),
+        }
+        for metric, values in found.items():
+            row = {"method": method, "seed": seed, "kind": "curve", "metric": metric, "iteration": iteration}
+            row |= {"nfe": spent["nfe"], "seconds": round(spent["seconds"], 1), "n": len(values)}
+            half = 1.96 * float(values.std()) / len(values) ** 0.5
+            rows.append(row | {"mean": float(values.mean()), "ci95": half})
+    return rows
+
+
+def show() -> None:
+    """Figures in docs/assets, tables in the methods' pages."""
+    rows = load()["rows"]
+    present = {r["method"] for r in rows if r["kind"] == "final"}
+    for page, methods in PAGES.items():
+        colours = {m: COLOURS[m] for m in methods if m in present}
+        if not colours:
+            continue
+        figure = ROOT / "docs" / "assets" / f"{page}.png"
+        costs = {"nfe": "network evaluations", "seconds": "seconds on one thread"}
+        curves.draw(rows, colours, figure, bands=True, metrics=METRICS, costs=costs)
+        text = [comparison(rows, list(colours)), f"![gold and proxy reward and diversity](../assets/{figure.name})"]
+        text += ["Each run:\n\n" + single_runs(rows, list(colours))]
+        text += ["From `benchmarks/results/branching.json`; seconds were taken while other work shared the machine."]
+        place(ROOT / "docs" / "methods" / f"{page}.md", "\n\n".join(text))
+
+
+def finals_of(rows: Rows, method: str, metric: str) -> Rows:
+    """The final rows of a method by seed."""
+    found = [r for r in rows if r["kind"] == "final" and r["method"] == method and r["metric"] == metric]
+    return sorted(found, key=lambda r: r["seed"])
+
+
+def curve_of(rows: Rows, method: str, metric: str, seed: int) -> Rows:
+    """One curve in order."""
+    keys = {"kind": "curve", "method": method, "metric": metric, "seed": seed}
+    return sorted((r for r in rows if all(r.get(k) == v for k, v in keys.items())), key=lambda r: r["iteration"])
+
+
+def change_at(curve: Rows, nfe: float) -> float | None:
+    """Change since the base when a run has spent `nfe` evaluations, between the points of its curve; None beyond it."""
+    for before, after in pairwise(curve):
+        if before["nfe"] <= nfe <= after["nfe"]:
+            share = (nfe - before["nfe"]) / (after["nfe"] - before["nfe"])
+            return float(before["mean"] + share * (after["mean"] - before["mean"]) - curve[0]["mean"])
+    return None
+
+
+def spread(values: list[float]) -> str:
+    """Mean with its interval over the seeds, as far as there are enough."""
+    if not values:
+        return ""
+    found = interval(values)
+    mean, half = found if found is not None else (statistics.mean(values), None)
+    return f"{mean:+.3f}" if half is None else f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def comparison(rows: Rows, methods: list[str]) -> str:
+    """Markdown table, one row a method: means over the seeds."""
+    first = methods[0]
+    gold = {r["seed"]: r["gain"] for r in finals_of(rows, first, "verifier")}
+    ends = [finals_of(rows, m, "verifier") for m in methods]
+    budget = min(r["nfe"] for found in ends for r in found)
+    lines = [
+        f"| method | seeds | gold | minus `{first}` | proxy | CLIP diversity | layout diversity | gold at equal evaluations "
+        "| evaluations | seconds (one thread) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, finals in zip(methods, ends, strict=True):
+        seeds = [r["seed"] for r in finals]
+        last = {
+            metric: [c[-1]["mean"] - c[0]["mean"] for s in seeds if (c := curve_of(rows, method, metric, s))]
+            for metric in ("clip_distance", "layout_distance")
+        }
+        equal = [change_at(curve_of(rows, method, "verifier", s), budget) for s in seeds]
+        cells = [
+            f"`{method}`",
+            str(len(finals)),
+            spread([r["gain"] for r in finals]),
+            "" if method == first else spread([r["gain"] - gold[r["seed"]] for r in finals if r["seed"] in gold]),
+            spread([r["gain"] for r in finals_of(rows, method, "proxy")]),
+            spread(last["clip_distance"]),
+            spread(last["layout_distance"]),
+            spread([e for e in equal if e is not None]),
+            f"{statistics.mean(r['nfe'] for r in finals):,.0f}",
+            f"{statistics.mean(r['seconds'] for r in finals):,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    base = {m: next(r["mean"] for r in rows if r["kind"] == "curve" and r["metric"] == m) for m in METRICS}
+    count = next(r["n"] for r in rows if r["kind"] == "final")
+    lines.append(
+        f"\nChanges against the base, means over seeds with their 95 % interval (Student's t). Gold and proxy: {count} held-out "
+        f"prompts, same noise, sampled without noise in the steps. Diversity: mean pairwise distance within the {IMAGES} images of "
+        f"each of {PROMPTS} held-out prompts, 1 - cosine of the proxy's embeddings and distance of the verifier's layouts; of the "
+        f"base {base['clip_distance']:.3f} and {base['layout_distance']:.3f}. Equal evaluations: where the shortest run ends "
+        f"({budget:,}), between the points of the curve, on the curve's 128 prompts."
+    )
+    return "\n".join(lines)
+
+
+def single_runs(rows: Rows, methods: list[str]) -> str:
+    """Markdown table, one row a run, with the interval over its prompts."""
+    lines = [
+        "| method | seed | iterations | gold [95 % over prompts] | proxy [95 %] | full match |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        proxies = {r["seed"]: r for r in finals_of(rows, method, "proxy")}
+        for r in finals_of(rows, method, "verifier"):
+            cells = [
+                f"{x['gain']:+.3f} [{x['gain_ci95'][0]:+.3f}, {x['gain_ci95'][1]:+.3f}]"
+                for x in (r, proxies[r["seed"]])
+            ]
+            match = f"{r['full_base']:.3f} -> {r['full']:.3f}"
+            lines.append(f"| `{method}` | {r['seed']} | {r['iteration']} | {' | '.join(cells)} | {match} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "show", "add"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "branching")
+    arguments = parser.parse_args()
+    scratch = arguments.scratch.resolve()
+    if arguments.action == "run":
+        run(arguments.methods, arguments.seeds, scratch)
+    elif arguments.action == "add":
+        for method in arguments.methods:
+            for seed in arguments.seeds:
+                add(method, seed, scratch / f"{method}-{seed}")
+    else:
+        show()
+
+
+if __name__ == "__main__":
+    main()
