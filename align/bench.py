@@ -17,6 +17,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from align.config import Config
+from align.geometry import trained_steps
 from align.models import random_weights
 from align.models.base import ImageModel
 from align.policy_loop import run_iteration
@@ -51,7 +52,7 @@ def run_bench(config: Config, iterations: int, size: str | None, out: Path, cons
             with console.status(f"timed iteration {i + 1}/{iterations}"):
                 rows.append(run_iteration(run, lambda *_: None))
         peak = _peak_megabytes(run.model.device)
-        row = _row(run, rows, flops, _recomputed(run), peak, size)
+        row = _row(run, rows, flops, _recomputed(run, rows), peak, size)
     result = {
         "command": f"align bench {' '.join(sys.argv[2:])}",
         "config": dataclasses.asdict(config),
@@ -69,7 +70,7 @@ def run_bench(config: Config, iterations: int, size: str | None, out: Path, cons
     return row
 
 
-def _recomputed(run: Run) -> float:
+def _recomputed(run: Run, rows: list[dict[str, float]]) -> float:
     """FLOPs of an iteration that only repeat a forward pass (gradient checkpointing); not counted as the model's."""
     if not run.config.model.gradient_checkpointing:
         return 0.0
@@ -77,7 +78,10 @@ def _recomputed(run: Run) -> float:
     cond = run.model.conditioning(used_prompts(run.config, run.train_prompts)[:1])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run.model.velocity(x, torch.ones(1, device=x.device), cond)
-    return float(counter.get_total_flops()) * run.shape.local_samples * run.shape.pairs_per_sample
+    trained = run.shape.local_samples * statistics.median(r.get("select/kept_fraction", 1.0) for r in rows)
+    columns = trained_steps(len(run.config.sampler.make_plan(0, 0).stochastic), run.config.train.step_fraction)
+    columns = run.shape.pairs_per_sample if run.config.objective.type == "forward_process" else columns
+    return float(counter.get_total_flops()) * trained * columns * run.config.train.inner_epochs
 
 
 def _row(

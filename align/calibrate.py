@@ -48,7 +48,7 @@ def plan_to_search(sampler: SamplerConfig) -> Plan:
     it is trained, and at no more cost.
     """
     low, high = sampler.window_bounds()
-    fixed = sampler.plan == "full" or high - low == sampler.window_size
+    fixed = sampler.plan == "full" or (sampler.plan != "branched" and high - low == sampler.window_size)
     return sampler.make_plan(0, 0) if fixed else full_plan(sampler.num_steps)
 
 

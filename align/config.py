@@ -24,6 +24,7 @@ from rewards.registry import RewardConfig
 from samplers.calibration import CalibrationConfig
 from samplers.completions import CompletionConfig
 from samplers.config import SamplerConfig
+from samplers.plans import suffix_length
 
 _REPOSITORY = Path(__file__).parent.parent / "configs"
 CONFIG_DIR = _REPOSITORY if _REPOSITORY.is_dir() else Path(__file__).parent / "configs"
@@ -308,6 +309,11 @@ def _combinations(config: Config) -> list[str]:
     if config.sampler.kernel == "ode" and config.sampler.psi is not None:
         errors.append("sampler.psi: kernel 'ode' has no noise to set; remove psi")
     errors += _credit_errors(config) + _one_reward_errors(config) + _pair_errors(config)
+    chosen, clip = config.selection, config.advantage.clip
+    if chosen.rule == "extremes" and chosen.pos_threshold > clip and chosen.neg_threshold < -clip:
+        errors.append(
+            f"selection: no advantage passes these thresholds, since advantage.clip is {clip:g}; bring them nearer"
+        )
     if not 0 < config.train.step_fraction <= 1:
         errors.append(f"train.step_fraction: must be in (0, 1], got {config.train.step_fraction}")
     if config.objective.type == "forward_process":
@@ -367,6 +373,17 @@ def _pair_errors(config: Config) -> list[str]:
         errors.append(f"selection.rule: {reason}; use all")
     if config.train.step_fraction != 1:
         errors.append(f"train.step_fraction: {reason}; use 1")
+    if config.sampler.plan not in ("full", "branched") or not (
+        config.sampler.branch.shared or config.sampler.plan == "full"
+    ):
+        errors.append(
+            f"sampler.plan: {reason}, from a start that they share or to the end; use full, or branched and shared"
+        )
+    if (
+        config.train.updates_per_iteration > 0
+        and config.train.prompts_per_iteration % config.train.updates_per_iteration
+    ):
+        errors.append(f"train.updates_per_iteration: {reason}, so it must divide train.prompts_per_iteration")
     if config.train.group_size < 2:
         errors.append(f"train.group_size: {reason} in pairs; use at least 2")
     return errors
@@ -380,8 +397,8 @@ def without_effect(config: Config) -> list[str]:
     sampler, optim, plain = config.sampler, config.optim, Config()
     values = config.credit.needs_values or sampler.psi is not None
     cases: list[tuple[bool, str, str]] = [
-        (sampler.plan == "full", "sampler.window_size", "sampler.plan is full"),
-        (sampler.plan == "full", "sampler.window_range", "sampler.plan is full"),
+        (sampler.plan not in ("window", "sliding"), "sampler.window_size", f"sampler.plan is {sampler.plan}"),
+        (sampler.plan not in ("window", "sliding"), "sampler.window_range", f"sampler.plan is {sampler.plan}"),
         (sampler.plan != "sliding", "sampler.window_every", f"sampler.plan is {sampler.plan}"),
         (sampler.plan != "sliding", "sampler.window_stride", f"sampler.plan is {sampler.plan}"),
         (sampler.plan != "branched", "sampler.branch", f"sampler.plan is {sampler.plan}"),
@@ -414,6 +431,13 @@ def without_effect(config: Config) -> list[str]:
     for idle, key, reason in cases:
         if idle and attrgetter(key)(config) != attrgetter(key)(plain):
             lines.append(f"{key} has no effect: {reason}")
+    start, end = sampler.branch.lengths(sampler.num_steps)
+    if sampler.plan == "branched" and start < end and sampler.branch.stages > config.train.iterations:
+        reached = suffix_length(config.train.iterations - 1, start, end, sampler.branch.stages)
+        lines.append(
+            f"sampler.branch.stages {sampler.branch.stages}: after train.iterations = {config.train.iterations} the suffix has "
+            f"grown to {reached} of {end} steps"
+        )
     if config.eval.during > config.eval.prompts:
         lines.append(f"eval.during {config.eval.during}: only eval.prompts = {config.eval.prompts} are evaluated")
     return lines

@@ -64,7 +64,14 @@ def pairs_per_sample(config: Config) -> int:
 
         grid = torch.linspace(1, 0, config.sampler.num_steps + 1)
         return draw_times(grid, [0], 0, 0, config.objective.times_per_sample, config.objective.time_range).shape[1]
-    return len(config.sampler.make_plan(0, 0).stochastic)
+    longest = config.sampler.make_plan(0, config.train.iterations - 1)  # a branched plan's suffix only grows
+    return trained_steps(len(longest.stochastic), config.train.step_fraction)
+
+
+def trained_steps(stochastic: int, fraction: float) -> int:
+    """Steps that a sample trains of its stochastic ones: floor(fraction x number), at least 1."""
+    # The small term keeps products such as 100 * 0.29 = 28.999999999999996 from losing a step.
+    return max(1, int(stochastic * fraction + 1e-9))
 
 
 def local_order(shape: Geometry, rank: int, seed: int, iteration: int) -> list[list[int]]:
@@ -92,13 +99,25 @@ def geometry_table(config: Config, shape: Geometry) -> Table:
         ),
         ("processes", shape.processes, ""),
         ("images per process", shape.local_samples, f"sampled {config.train.rollout_batch} at a time"),
-        ("pairs per image", shape.pairs_per_sample, f"of {config.sampler.num_steps} sampling steps"),
-        ("updates per iteration", shape.updates, f"{shape.samples // shape.updates} images each"),
+        ("pairs per image", shape.pairs_per_sample, f"of {config.sampler.num_steps} sampling steps{_growth(config)}"),
+        ("updates per iteration", shape.updates * config.train.inner_epochs, _shares(config, shape)),
         ("micro-batch", shape.micro_batch, "pairs per forward-backward on one process"),
         ("gradient accumulation", shape.accumulation, f"{shape.pairs_per_update} pairs / micro-batch"),
     ):
         table.add_row(name, f"{value:,}", f"[dim]{formula}[/dim]")
     return table
+
+
+def _growth(config: Config) -> str:
+    first = len(config.sampler.make_plan(0, 0).stochastic)
+    last = len(config.sampler.make_plan(0, config.train.iterations - 1).stochastic)
+    return f", in the end; {first} at first" if config.sampler.plan == "branched" and first != last else ""
+
+
+def _shares(config: Config, shape: Geometry) -> str:
+    epochs = f", {config.train.inner_epochs} epochs" if config.train.inner_epochs > 1 else ""
+    chosen = "up to " if config.selection.rule != "all" else ""
+    return f"{chosen}{shape.samples // shape.updates} images each{epochs}"
 
 
 def memory_estimate(config: Config) -> dict[str, Any]:
@@ -136,6 +155,7 @@ def memory_estimate(config: Config) -> dict[str, Any]:
     text_tokens = 77 + (config.model.max_sequence_length if has_t5 else 0)
     factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     activations = _activations(config, network, width, factor, text_tokens)
+    stored = config.samples_per_iteration * _states(config) * 4 * _latent_elements(config, parts, factor)
     gib = 1024**3
     return {
         "denoiser_parameters": total,
@@ -144,8 +164,21 @@ def memory_estimate(config: Config) -> dict[str, Any]:
         "weights_gib": (total * width + vae * 4) / gib,
         "training_state_gib": trainable * 4 * copies / gib,
         "activations_gib": activations / gib,
-        "total_gib": (total * width + vae * 4 + trainable * 4 * copies + activations) / gib,
+        "trajectories_gib": stored / gib,
+        "total_gib": (total * width + vae * 4 + trainable * 4 * copies + activations + stored) / gib,
     }
+
+
+def _states(config: Config) -> int:
+    """Latents kept for each image of a rollout: those around stochastic steps, and the final one."""
+    stochastic = config.sampler.make_plan(0, config.train.iterations - 1).stochastic
+    return len({*stochastic, *(k + 1 for k in stochastic), config.sampler.num_steps})
+
+
+def _latent_elements(config: Config, parts: dict[str, Any], factor: int) -> int:
+    resolution, sizes = config.model.resolution, [p.config.get("sample_size") for p in parts.values()]
+    side = resolution // factor if resolution else int(sizes[0] or 64)
+    return int(parts["vae"].config.latent_channels) * side * side
 
 
 def _activations(config: Config, network: Any, width: int, factor: int, text_tokens: int) -> float:

@@ -14,7 +14,7 @@ Past = dict[int, list[tuple[int, float]]]
 
 @dataclass
 class HistoryConfig:
-    """What a prompt's statistics are made of; the rewards of the present iteration always belong to them."""
+    """What a prompt's statistics are made of, the rewards of the present iteration included."""
 
     entries: int = 16
     """Newest rewards kept per prompt; 0: no limit (DDPO: 16, or 32 for slow rewards)."""

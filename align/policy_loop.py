@@ -158,6 +158,8 @@ def _add_up(sums: dict[str, float], loss: Tensor, info: dict[str, Tensor], pairs
 def _step(run: Run) -> float:
     """Average gradients over processes, clip, step and advance the averages; a non-finite gradient is skipped and counted."""
     accelerator, counters = run.accelerator, run.counters
+    if accelerator.scaler is not None:  # it wants to have scaled something, also on a process without a sample
+        accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
     for parameter in run.parameters:
         if parameter.grad is None:  # unused, or this process has no sample in the update
             parameter.grad = torch.zeros_like(parameter)
@@ -227,7 +229,7 @@ def _metrics(run: Run, sums: dict[str, float], norms: list[float]) -> dict[str, 
         "train/skipped_updates": run.counters.skipped_updates,
     }
     metrics |= {name: totals[key] / len(norms) for key, name in _PAIR_NAMES.items() if key in totals}
-    if run.config.selection.rule != "all":
+    if run.counters.empty_updates:
         metrics["train/empty_updates"] = run.counters.empty_updates
     if metrics.get("train/clip_fraction", 0.0) > 0.6:
         run.warn_once("clip", "over 60 % of the pairs are clipped: lower optim.lr or raise objective.clip_range")

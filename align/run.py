@@ -184,7 +184,10 @@ class Run:
             generators = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             restore_rng({"tensors": generators, "json": state["rng"][rank]})
         self.counters = Counters(**state["counters"])
-        self.history = {int(p): [(int(i), float(r)) for i, r in rows] for p, rows in state.get("history", {}).items()}
+        if (
+            folder.parent.parent == self.config.run_dir
+        ):  # another run's rewards may be of other prompts, or another scale
+            self.history = {int(p): [(int(i), float(r)) for i, r in e] for p, e in state.get("history", {}).items()}
 
     def _fits(self, tensors: dict[str, Tensor]) -> bool:
         sources: dict[str, Sequence[Tensor]] = {"param": self.parameters}
@@ -337,7 +340,10 @@ def _changed_keys(before: str, after: str) -> list[str]:
             return {prefix: node}
         return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
-    old, new = (flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (before, after))
+    plain, old, new = (
+        flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (to_yaml(Config()), before, after)
+    )
+    old = plain | old  # what an older version did not know
     differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     return [k for k in differing if not any(k == m or k.startswith(f"{m}.") for m in _MAY_CHANGE)]
 

@@ -78,4 +78,5 @@ def select(advantages: Tensor, valid: Tensor, groups: Tensor, config: SelectionC
     weighted = advantages * torch.where(advantages > 0, config.pos_weight, config.neg_weight)
     if config.rule == "all":
         return torch.ones(len(advantages), dtype=torch.bool), weighted
-    return extremes(advantages[:, -1], valid, groups, config.pos_threshold, config.neg_threshold), weighted
+    kept = extremes(advantages[:, -1], valid, groups, config.pos_threshold, config.neg_threshold)
+    return kept & (weighted[:, -1] != 0), weighted  # what has no weight is not worth a forward pass

@@ -6,7 +6,7 @@ everything is sampled as the run trains it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from align.trajectory_picture import trajectory_picture
 from rewards.combine import combine
 from samplers.completions import CompletionConfig, CompletionPlan
 from samplers.config import SamplerConfig
-from samplers.noise import INITIAL_STREAM, keyed_normal
+from samplers.noise import BRANCH_STREAM, INITIAL_STREAM, STEP_STREAM, keyed_normal
 from samplers.plans import Plan
 from samplers.rollout import Trajectory, rollout
 
@@ -106,13 +106,15 @@ def sample_trajectories(
     """Roll out one trajectory of `prompt` for each of `samples`, complete every state, and score all images.
 
     Sampler, completions and rewards are the run's; without one: flow_sde at 0.7, 10 steps. A run that samples with the
-    ode kernel is shown with flow_sde at 0.7 too. Options that are given win.
+    ode kernel is shown with flow_sde at 0.7 too. Branched runs are shown with the suffix of their end; only its states are
+    completed. Options that are given win.
 
     Raises: UserError for settings that cannot work or without a reward; RewardError if a reward fails.
     """
     sampler = _sampler(setup, num_steps, guidance)
     weights = _weights(setup, reward_names)
-    model, plan = setup.model, sampler.make_plan(setup.seed, 0)
+    last = setup.config.train.iterations - 1 if setup.config is not None and sampler.plan == "branched" else 0
+    model, plan = setup.model, sampler.make_plan(setup.seed, last)
     model.guidance_scale = sampler.guidance_scale
     grid = sampling_grid(model, sampler).to(model.device)
     kernel, levels, label = _noise(sampler, grid)
@@ -194,17 +196,39 @@ def _roll(
     model, seed = setup.model, setup.seed
     shape, device = model.latent_shape, model.device
     owners = [0] * len(samples) if sampler.shared_start else list(samples)
-    start = keyed_normal(shape, seed=seed, iteration=0, samples=owners, step=0, stream=INITIAL_STREAM, device=device)
+    levels = torch.as_tensor(levels, dtype=torch.float64).cpu().expand(plan.num_steps)
+    cond = model.conditioning([prompt.text] * len(samples))
+
+    def noise(keys: Sequence[int], first: int = 0, stream: int = STEP_STREAM) -> Callable[[int], Tensor]:
+        return lambda step: keyed_normal(
+            shape, seed=seed, iteration=0, samples=keys, step=first + step, stream=stream, device=device
+        )
+
+    x = noise(owners, stream=INITIAL_STREAM)(0) * model.noise_scale(float(grid[0]))
+    if plan.split:
+        shared = noise(owners, stream=BRANCH_STREAM if plan.shared else STEP_STREAM)
+        early = slice(None, plan.split)
+        x = rollout(
+            model.velocity,
+            x,
+            cond,
+            grid[: plan.split + 1],
+            plan.prefix(),
+            kernel,
+            levels[early],
+            shared,
+            chunk=ROWS_AT_ONCE,
+        ).final
     settings = setup.config.completions if setup.config is not None else CompletionConfig()
     return rollout(
         model.velocity,
-        start * model.noise_scale(float(grid[0])),
-        model.conditioning([prompt.text] * len(samples)),
-        grid,
-        plan,
+        x,
+        cond,
+        grid[plan.split :],
+        plan.suffix(),
         kernel,
-        levels,
-        lambda step: keyed_normal(shape, seed=seed, iteration=0, samples=list(samples), step=step, device=device),
+        levels[plan.split :],
+        noise(list(samples), plan.split),
         completions=CompletionPlan(settings.ode_steps, guided(model, settings.guidance_scale, model.guidance_scale)),
         chunk=ROWS_AT_ONCE,
     )

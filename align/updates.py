@@ -12,6 +12,7 @@ from torch import Tensor
 
 from align.collect import Batch
 from align.errors import UserError
+from align.geometry import trained_steps
 from align.models.base import Conditioning
 from align.objectives import (
     clipped_ratio_loss,
@@ -69,7 +70,7 @@ def trained_columns(run: Run, batch: Batch, epoch: int) -> Tensor:
     (arXiv 2305.13301). With all of them their order would change nothing: a step's gradient is a sum.
     """
     number = len(batch.plan.stochastic)
-    kept = max(1, int(number * run.config.train.step_fraction + 1e-9))
+    kept = trained_steps(number, run.config.train.step_fraction)
     if kept == number:
         return torch.arange(number).expand(len(batch.samples), number)
     orders = [

@@ -157,8 +157,8 @@ class _Evaluator:
 def solve(velocity: Velocity, x0: Tensor, cond: Any, grid: Tensor, solver: str = "euler") -> Tensor:
     """Deterministic sample x_T (B, ...) float32 from the initial noise x0 (B, ...); one velocity call per step.
 
-    "euler", or "dpm2m": DPM-Solver++(2M) on the clean estimate (arXiv 2211.01095), with its first and last step Euler,
-    as DiffusionNFT collects its images (arXiv 2509.16117).
+    "euler", or "dpm2m": DPM-Solver++(2M) on the clean estimate (arXiv 2211.01095), as DiffusionNFT
+    collects its images (arXiv 2509.16117). Its first step is Euler, and so is its last on grids that end at 0.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")

@@ -368,9 +368,15 @@ def family_of(config: ModelConfig) -> type[ImageModel]:
         "StableDiffusionXLPipeline": "sdxl",
         "StableDiffusion3Pipeline": "sd3",
     }
+    index = pipeline_index(config)
+    name = str(index.get("_class_name"))
     if config.family != "auto":
-        return families[config.family]
-    name = str(pipeline_index(config).get("_class_name"))
+        family = families[config.family]
+        if family.denoiser_name not in index:
+            raise UserError(
+                f"model.family: '{config.path}' is a {name} without a {family.denoiser_name}; use family=auto"
+            )
+        return family
     if name not in pipelines:
         raise UserError(f"model.path: '{config.path}' is a {name}; supported: {', '.join(pipelines)}")
     return families[pipelines[name]]

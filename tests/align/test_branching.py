@@ -132,6 +132,21 @@ def test_branches_of_the_whole_chain_start_from_one_noise(begin, family):
     assert (second[:, 1:] != second[:, :1]).any(-1).all()
 
 
+@FAMILIES
+def test_without_sharing_what_is_left_is_the_full_chain_with_fewer_trained_steps(begin, family):
+    branch = {"prefix": "stochastic", "shared": False}
+    run = begin("b2_diffurl", family, {"sampler": BRANCH}, {"sampler": {"branch": branch}})
+    full = begin("ddpo", family, {"sampler": {"num_steps": STEPS}})
+    ours, whole = collected(run), collected(full)
+    assert torch.equal(ours.final, whole.final)
+    assert list(ours.states) == list(range(STEPS - SUFFIX, max(whole.states) + 1))
+    assert all(torch.equal(states, whole.states[k]) for k, states in ours.states.items())
+    assert torch.equal(ours.log_probs, whole.log_probs[:, STEPS - SUFFIX :])
+    assert ours.nfe == whole.nfe == 8 * STEPS
+    run.config.sampler.branch.prefix = "ode"
+    assert not torch.equal(collected(run).final, whole.final)
+
+
 @pytest.mark.parametrize("prefix", ["ode", "stochastic"])
 def test_branches_do_not_depend_on_the_cut_or_on_who_samples_them(begin, prefix):
     run = begin("b2_diffurl", "unet", {"sampler": BRANCH}, {"sampler": {"branch": {"prefix": prefix}}})
@@ -240,6 +255,30 @@ def test_an_empty_update_is_passed_over_beside_one_that_is_not(begin, preset, fl
     assert any(not torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
     assert metrics["train/grad_norm"] > 0
     assert metrics["train/zero_spread_fraction"] == 0.5
+
+
+LOW = {"rule": "extremes", "pos_threshold": 0.1, "neg_threshold": -0.1}
+
+
+@pytest.mark.parametrize(
+    ("preset", "family", "changes"),
+    [
+        ("nft", "flow", {"sampler": {"kernel": "ode"}, "selection": LOW}),
+        ("prdp", "unet", {"sampler": {"plan": "branched", **BRANCH}}),
+        ("b2_diffurl", "flow", {"objective": {"ratio_repair": "guard", "kl_beta": 0.04}, "sampler": BRANCH}),
+        ("ddpo", "unet", {"sampler": {"plan": "window", "window_range": [1, 4], "num_steps": 4}, "selection": LOW}),
+    ],
+    ids=["nft extremes", "prdp branched", "b2 guard", "ddpo window extremes"],
+)
+def test_choices_combine(begin, preset, family, changes):
+    run = begin(preset, family, changes, {"advantage": {"eps": 1e-4}})
+    before = [p.detach().clone() for p in run.parameters]
+    metrics = run_iteration(run, quiet)
+    assert metrics["train/grad_norm"] > 0
+    assert all(value == value for value in metrics.values())
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+    assert all(p.isfinite().all() for p in run.parameters)
+    assert 0 < metrics.get("select/kept_fraction", 0.5) < 1
 
 
 # -- DDPO and its relation to branches

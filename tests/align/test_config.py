@@ -20,6 +20,8 @@ from align.schema import build
 from rewards.registry import RewardConfig
 
 REWARDS = {"verifier": {"type": "verifier"}}
+NFT = {"objective": {"type": "forward_process"}, "sampler": {"kernel": "ode"}}
+PRDP = {"objective": {"type": "reward_difference"}}
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
@@ -100,7 +102,10 @@ def test_numbers_that_yaml_reads_as_something_else():
         ({"sampler": {"kernel": "cps", "psi": "auto"}}, ["sampler.psi", "kernel flow_sde", "cps"]),
         ({"sampler": {"kernel": "psi_sde"}}, ["sampler.kernel", "'psi_sde'"]),
         ({"credit": {"rule": "gains"}}, ["credit.rule", "did you mean 'gain'"]),
-        ({"credit": {"rule": "gain"}, "completions": {"ode_steps": 11}}, ["completions.ode_steps", "num_steps = 10", "11"]),
+        (
+            {"credit": {"rule": "gain"}, "completions": {"ode_steps": 11}},
+            ["completions.ode_steps", "num_steps = 10", "11"],
+        ),
         ({"completions": {"ode_steps": 0}}, ["completions.ode_steps", "got 0"]),
         (
             {"credit": {"rule": "turning_point"}, "sampler": {"plan": "window", "window_size": 1}},
@@ -112,6 +117,56 @@ def test_numbers_that_yaml_reads_as_something_else():
         ),
         ({"credit": {"turning_point": {"eta": 0.0}}}, ["credit.turning_point.eta", "above 0"]),
         ({"calibration": {"samples": 0}}, ["calibration.samples"]),
+        ({"sampler": {"kernel": "ode", "plan": "branched"}}, ["sampler.plan: 'branched'", "kernel 'ode' has none"]),
+        (
+            {"sampler": {"plan": "branched", "branch": {"suffix_start": 8, "suffix_end": 7}}},
+            ["sampler.branch: need 2 <= suffix_start <= suffix_end <= num_steps = 10", "8 and 7"],
+        ),
+        ({"sampler": {"kernel": "ddim", "noise_level": 1.5}}, ["sampler.noise_level", "at most 1 with kernel ddim"]),
+        ({"selection": {"rule": "extreme"}}, ["selection.rule: 'extreme' is not one of all, extremes"]),
+        ({"selection": {"pos_threshold": -1.0}}, ["selection.neg_threshold must not be above pos_threshold"]),
+        ({"advantage": {"history": {"entries": 8}}}, ["advantage.history.min_count 16 is never reached"]),
+        (
+            {"advantage": {"baseline": "history"}, "credit": {"rule": "gain"}},
+            ["advantage.baseline: history keeps one reward an image", "credit.rule gain"],
+        ),
+        (
+            {"selection": {"rule": "extremes"}, "credit": {"rule": "value"}},
+            ["selection.rule: extremes ranks images by one number", "credit.rule value"],
+        ),
+        ({"train": {"inner_epochs": 0}}, ["train.inner_epochs: must be at least 1, got 0"]),
+        ({"train": {"step_fraction": 0.0}}, ["train.step_fraction: must be in (0, 1], got 0.0"]),
+        ({"train": {"step_fraction": 1.1}}, ["train.step_fraction: must be in (0, 1], got 1.1"]),
+        ({**NFT, "train": {"inner_epochs": 2}}, ["train.inner_epochs: objective.type forward_process"]),
+        ({**NFT, "train": {"step_fraction": 0.5}}, ["train.step_fraction: objective.type forward_process"]),
+        ({**PRDP, "sampler": {"kernel": "ode"}}, ["sampler.kernel: 'ode' has no log-prob", "reward_difference"]),
+        ({**PRDP, "selection": {"rule": "extremes"}}, ["selection.rule: objective.type reward_difference", "use all"]),
+        ({**PRDP, "train": {"step_fraction": 0.5}}, ["train.step_fraction: objective.type reward_difference", "use 1"]),
+        (
+            {**PRDP, "advantage": {"baseline": "history"}, "train": {"group_size": 1}},
+            ["train.group_size: objective.type reward_difference", "in pairs; use at least 2"],
+        ),
+        ({**PRDP, "credit": {"rule": "gain"}}, ["credit.rule: 'gain'", "reward_difference"]),
+        (
+            {**PRDP, "sampler": {"plan": "window"}},
+            ["sampler.plan: objective.type reward_difference", "branched and shared"],
+        ),
+        (
+            {**PRDP, "sampler": {"plan": "branched", "branch": {"shared": False}}},
+            ["sampler.plan: objective.type reward_difference", "branched and shared"],
+        ),
+        (
+            {**PRDP, "train": {"updates_per_iteration": 9, "prompts_per_iteration": 48, "group_size": 24}},
+            ["train.updates_per_iteration: objective.type reward_difference", "divide train.prompts_per_iteration"],
+        ),
+        (
+            {"selection": {"rule": "extremes", "pos_threshold": 6.0, "neg_threshold": -6.0}},
+            ["selection: no advantage passes these thresholds", "advantage.clip is 5"],
+        ),
+        ({"objective": {"type": "reward_difference", "clip_range": 0.1}}, ["objective.clip_range has no effect"]),
+        ({"objective": {"type": "reward_difference", "pair_beta": 0.0}}, ["objective.pair_beta must be above 0"]),
+        ({"objective": {"type": "reward_difference", "step_clip": 0.0}}, ["objective.step_clip must be above 0"]),
+        ({"objective": {"step_clip": 0.1}}, ["objective.step_clip has no effect with type clipped_ratio"]),
         ({"rewards": {}}, ["rewards: none given"]),
         ({"rewards": {"a": {"type": "jpeg", "weight": 0}}}, ["rewards: every weight is 0"]),
         ({"rewards": {"a": {"type": "jpg"}}}, ["rewards.a.", "'jpg'", "jpeg"]),
@@ -245,3 +300,61 @@ def test_what_nothing_reads_is_said_and_not_refused():
     used = {"sampler": {"plan": "sliding", "window_size": 4, "window_every": 5}, "credit": {"rule": "gain"}}
     assert without_effect(parse_config({"rewards": REWARDS, "completions": {"ode_steps": 2}} | used)) == []
     assert without_effect(parse_config({"rewards": REWARDS})) == []
+
+
+BRANCHED = {"plan": "branched"}
+HISTORY = {"baseline": "history"}
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        ({"sampler": {"branch": {"stages": 5}}}, ["sampler.branch has no effect: sampler.plan is full"]),
+        ({"sampler": {**BRANCHED, "branch": {"stages": 5}}}, []),
+        (
+            {"sampler": BRANCHED, "train": {"iterations": 50}},
+            ["sampler.branch.stages 100: after train.iterations = 50 the suffix has grown to 8 of 10 steps"],
+        ),
+        ({"sampler": {**BRANCHED, "branch": {"suffix_start": 10}}, "train": {"iterations": 50}}, []),
+        (
+            {"sampler": {**BRANCHED, "shared_noise": True}},
+            ["sampler.shared_noise has no effect: sampler.plan is branched, see sampler.branch.shared"],
+        ),
+        (
+            {"sampler": {**BRANCHED, "window_every": 5}},
+            ["sampler.window_every has no effect: sampler.plan is branched"],
+        ),
+        ({"advantage": {"history": {"ddof": 1}}}, ["advantage.history has no effect: advantage.baseline is group"]),
+        ({"advantage": {**HISTORY, "history": {"ddof": 1}}}, []),
+        (
+            {"advantage": {**HISTORY, "std": "group", "std_floor": 0.1, "min_valid": 3}},
+            [
+                f"advantage.{key} has no effect: advantage.baseline is history"
+                for key in ("std", "std_floor", "min_valid")
+            ],
+        ),
+        (
+            {"selection": {"pos_threshold": 0.7, "neg_threshold": -0.7}},
+            [f"selection.{key}_threshold has no effect: selection.rule is all" for key in ("pos", "neg")],
+        ),
+        ({"selection": {"rule": "extremes", "pos_threshold": 0.7}}, []),
+        ({"selection": {"pos_weight": 0.5}}, []),
+        (
+            {**PRDP, "advantage": {"clip": 2.0}, "selection": {"neg_weight": 0.0}},
+            [f"{key} has no effect: objective.type is reward_difference" for key in ("advantage", "selection")],
+        ),
+    ],
+)
+def test_idle_settings_of_branches_history_selection_and_pairs_are_said(data, lines):
+    assert without_effect(parse_config({"rewards": REWARDS} | data)) == lines
+
+
+@pytest.mark.parametrize("method", ["ddpo", "b2_diffurl", "prdp"])
+def test_presets_set_nothing_idle(method, tmp_path):
+    config = load_config(write(tmp_path, f"preset: {method}\nrewards: {{verifier: {{type: verifier}}}}\n"))
+    assert without_effect(config) == []
+
+
+def test_a_group_of_one_needs_a_history():
+    assert parse_config({"rewards": REWARDS, "advantage": HISTORY, "train": {"group_size": 1}}).train.group_size == 1
+    assert errors_of({"train": {"group_size": 1}}) == ["train.group_size: must be at least 2, got 1"]

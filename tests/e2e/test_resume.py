@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from align.errors import UserError
 from align.runfolder import metric_rows
 
 REPOSITORY = Path(__file__).parents[2]
+UNET = runpy.run_path(str(Path(__file__).parents[1] / "tiny_unet.py"))
 REWARD = Path(__file__).with_name("moody_reward.py")
 KEPT = 2
 
@@ -116,6 +118,53 @@ def test_step_rewards_on_a_calibrated_noise_table_continue_exactly(write_config,
     again = json.loads((tmp_path / "undisturbed" / "psi.json").read_text())
     assert again | {"seconds": found["seconds"]} == found
     assert_same_end(tmp_path / "disturbed", tmp_path / "undisturbed")
+
+
+STATEFUL: dict[str, dict[str, Any]] = {
+    "ddpo": {
+        "advantage": {"history": {"entries": 6, "min_count": 5}},
+        "train": {"inner_epochs": 2, "step_fraction": 0.5},
+    },
+    "b2_diffurl": {
+        "sampler": {"kernel": "cps", "noise_level": 0.7, "branch": {"suffix_start": 2, "suffix_end": 4, "stages": 4}},
+        "advantage": {"history": {"iterations": 2}},
+    },
+    "prdp": {"sampler": {"kernel": "flow_sde", "noise_level": 0.7}, "train": {"inner_epochs": 2}},
+}
+
+
+def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Two layers of settings of two levels."""
+    return {key: {**low.get(key, {}), **high.get(key, {})} for key in {**low, **high}}
+
+
+@pytest.mark.parametrize("preset", list(STATEFUL))
+def test_histories_curricula_and_pairs_continue_exactly(write_config, train_here, tmp_path, monkeypatch, preset):
+    """Stopped when the images of the fourth iteration are scored, which are then not yet part of the history."""
+    changes = {
+        "rewards": {"moody": {"type": f"{REWARD}:brightness"}},
+        "sampler": {"num_steps": 4},
+        "checkpoint": {"keep": KEPT, "every": 100},
+    }
+    overrides = ["train.rollout_batch=8"]  # one reward call an iteration
+    overrides += [f"model.path={UNET['sd_pipeline'](tmp_path / 'sd15')}"] if preset == "ddpo" else []
+    config = write_config(tmp_path, preset, merged(changes, STATEFUL[preset]))
+    monkeypatch.setenv("MOMENT", "SIGTERM 6 0")
+    assert train_here(config, "name=disturbed", *overrides) is None
+    monkeypatch.delenv("MOMENT")
+    (stopped,) = checkpoints(tmp_path / "disturbed")
+    assert stopped.name == "iteration-000003"
+    train_here(config, "name=disturbed", *overrides)
+    train_here(config, "name=undisturbed", *overrides)
+    assert_same_end(tmp_path / "disturbed", tmp_path / "undisturbed")
+    before, after = (load_checkpoint(folder)[1]["history"] for folder in checkpoints(tmp_path / "disturbed"))
+    kept = [{iteration for rows in past.values() for iteration, _ in rows} for past in (before, after)]
+    # four prompts, two an iteration: each came up at every other
+    assert (
+        kept
+        == {"ddpo": [{0, 1, 2}, {2, 3, 4, 5}], "b2_diffurl": [{0, 1, 2}, {3, 4, 5}], "prdp": [set(), set()]}[preset]
+    )
+    assert preset != "ddpo" or {len(rows) for rows in after.values()} == {6}
 
 
 @pytest.mark.e2e

@@ -147,22 +147,20 @@ def test_the_shipped_proxy_sees_colors_and_hardly_sees_relations(proxy):
     figures = json.loads((proxy_folder(0) / "proxy.json").read_text())["pair_accuracy"]["render"]
     measured = {}
     for kind in KINDS:
-        measured[kind] = pair_accuracy(proxy, *pictures(kind, 300))
-        # Four standard errors: of a share of 300 at one half .03, of the figure itself, from 1,000, .016.
-        assert measured[kind] == pytest.approx(figures[kind], abs=0.13)
+        measured[kind] = pair_accuracy(proxy, *pictures(kind, 150))
+        # Four standard errors: of a share of 150 at one half .041, of the figure itself, from 1,000, .016.
+        assert measured[kind] == pytest.approx(figures[kind], abs=0.18)
     assert measured["color"] > 0.95
     assert measured["relation"] < 0.65
 
 
 def test_the_autoencoder_hardly_moves_the_shipped_proxys_scores(proxy):
     """Generated images come from the autoencoder, and the network was trained on plain renders."""
-    images, right, wrong = caption_pairs("color", 60, np.random.default_rng(99))
-    sharp, soft = unit_pixels(images), unit_pixels(round_trip(images))
+    images, right, _ = caption_pairs("color", 60, np.random.default_rng(99))
     with torch.no_grad():
-        before, after, other = (
-            proxy.similarity(x, texts) for x, texts in ((sharp, right), (soft, right), (sharp, wrong))
-        )
-    assert (after - before).abs().mean() < 0.2 * (before - other).mean()
+        before, after = (proxy.similarity(unit_pixels(x), right) for x in (images, round_trip(images)))
+    # The spread is that of right images alone, the least that a reward has to tell apart.
+    assert (after - before).abs().mean() < 0.2 * before.std()
 
 
 def test_embeddings_are_unit_vectors_and_do_not_depend_on_their_company(proxy):

@@ -1,6 +1,7 @@
 """Plans and settings: what may be stochastic, windows that every rank draws alike, errors listed at once."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -185,6 +186,8 @@ def test_a_branched_plan_is_its_prefix_and_its_suffix():
     assert ends.suffix() == full_plan(7, noisy_end=True)
     assert branched_plan(10, 10).suffix() == full_plan(10)
     assert branched_plan(10, 10).split == 0
+    assert plan.shared
+    assert not branched_plan(10, 7, shared=False).shared
 
 
 @pytest.mark.parametrize(("suffix", "noisy_end", "least"), [(1, False, 2), (0, True, 1), (11, False, 2), (11, True, 1)])
@@ -224,6 +227,9 @@ def test_the_shared_steps_are_drawn_as_published_or_as_told(kernel, prefix, nois
     plan = config.make_plan(seed=0, iteration=0)
     assert (plan.split, plan.noisy_prefix, plan.noisy_end) == (3, noisy, kernel == "ddim")
     assert config.shared_start
+    config.branch.shared = False
+    assert config.make_plan(seed=0, iteration=0) == replace(plan, shared=False)
+    assert not config.shared_start
 
 
 @pytest.mark.parametrize(
