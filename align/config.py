@@ -339,7 +339,7 @@ def _credit_errors(config: Config) -> list[str]:
     if config.objective.type != "clipped_ratio":
         return [
             f"credit.rule: '{rule}' gives every sampling step its own reward, and objective.type "
-            f"{config.objective.type} trains no sampling steps; use clipped_ratio, or credit.rule terminal"
+            f"{config.objective.type} trains by the final reward alone; use clipped_ratio, or credit.rule terminal"
         ]
     if rule == "turning_point" and not sampler.validate() and len(sampler.make_plan(0, 0).stochastic) < 2:
         return ["credit.rule: turning_point compares neighbouring steps, and only 1 is stochastic; use 2 or more"]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -184,9 +185,8 @@ class Run:
             generators = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             restore_rng({"tensors": generators, "json": state["rng"][rank]})
         self.counters = Counters(**state["counters"])
-        if (
-            folder.parent.parent == self.config.run_dir
-        ):  # another run's rewards may be of other prompts, or another scale
+        # rewards of another run may be of other prompts, or of another scale
+        if _belongs(folder, self.config.run_dir):
             self.history = {int(p): [(int(i), float(r)) for i, r in e] for p, e in state.get("history", {}).items()}
 
     def _fits(self, tensors: dict[str, Tensor]) -> bool:
@@ -253,7 +253,7 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     )
     if folder is not None:
         run.restore(folder)
-        if accelerator.is_main_process and folder.parent.parent == config.run_dir:
+        if accelerator.is_main_process and _belongs(folder, config.run_dir):
             checkpoint.drop_newer(config.run_dir, run.counters.iteration)
         console.print(f"resuming at iteration {run.counters.iteration} from {folder}")
     accelerator.init_trackers(
@@ -277,6 +277,11 @@ def sampling_grid(model: ImageModel, sampler: SamplerConfig) -> Tensor:
             "without noise; use cps, the same kernel for flow matching, or flow_sde"
         )
     return grid
+
+
+def _belongs(folder: Path, run_dir: Path) -> bool:
+    """Whether the checkpoint in `folder` is one of the run's own."""
+    return folder.resolve().parent.parent == run_dir.resolve()
 
 
 def used_prompts(config: Config, prompts: Sequence[Prompt]) -> list[str]:

@@ -29,7 +29,8 @@ from samplers.rollout import predict_transition
 FORWARD_STREAM = 0x666F7277
 STEP_ORDER_STREAM = 0x73746570
 UPDATE_ORDER_STREAM = 0x757064
-FIRST_RATIO_TOLERANCE = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 1e-2}
+# rounding: in fp32 2e-6 at the last, least noisy steps of ddim; a real difference is a hundred times as large
+FIRST_RATIO_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
 
 
 @dataclass

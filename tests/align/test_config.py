@@ -113,7 +113,7 @@ def test_numbers_that_yaml_reads_as_something_else():
         ),
         (
             {"credit": {"rule": "value"}, "objective": {"type": "forward_process"}, "sampler": {"kernel": "ode"}},
-            ["credit.rule", "'value'", "trains no sampling steps"],
+            ["credit.rule", "'value'", "trains by the final reward alone"],
         ),
         ({"credit": {"turning_point": {"eta": 0.0}}}, ["credit.turning_point.eta", "above 0"]),
         ({"calibration": {"samples": 0}}, ["calibration.samples"]),
