@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "eval": {"every": 3, "during": 2, "prompts": 2, "num_steps": 3, "grid_prompts": 2},
     "checkpoint": {"every": 1},
 }
-CASES = [("sd15", "sd", "b2_diffurl"), ("sd15", "sd", "prdp"), ("sdxl", "sdxl", "ddpo")]
+CASES = [("sd15", "sd", "b2_diffurl"), ("sdxl", "sdxl", "prdp")]
 
 
 def launch(config: Path, *overrides: str) -> None:
