@@ -55,8 +55,8 @@ PAGES = {
     "prdp": ["ddpo_large", "prdp_large"],
 }
 METRICS = {
-    "verifier": "gold: graded verifier",
     "proxy": "proxy: CLIP cosine",
+    "verifier": "gold: graded verifier",
     "clip_distance": "diversity: CLIP distance",
     "layout_distance": "diversity: layouts",
 }
@@ -151,7 +151,7 @@ def show() -> None:
             continue
         figure = ROOT / "docs" / "assets" / f"{page}.png"
         costs = {"nfe": "network evaluations", "seconds": "seconds on one thread"}
-        curves.draw(rows, colours, figure, bands=True, metrics=METRICS, costs=costs)
+        curves.draw(rows, colours, figure, metrics=METRICS, costs=costs)
         text = [comparison(rows, list(colours)), f"![gold and proxy reward and diversity](../assets/{figure.name})"]
         text += ["Each run:\n\n" + single_runs(rows, list(colours))]
         text += ["From `benchmarks/results/branching.json`; seconds were taken while other work shared the machine."]
@@ -191,42 +191,37 @@ def spread(values: list[float]) -> str:
 def comparison(rows: Rows, methods: list[str]) -> str:
     """Markdown table, one row a method: means over the seeds."""
     first = methods[0]
-    gold = {r["seed"]: r["gain"] for r in finals_of(rows, first, "verifier")}
-    ends = [finals_of(rows, m, "verifier") for m in methods]
-    budget = min(r["nfe"] for found in ends for r in found)
+    ends = {m: {k: finals_of(rows, m, k) for k in ("verifier", "proxy")} for m in methods}
+    budget = min(r["nfe"] for found in ends.values() for r in found["verifier"])
     lines = [
-        f"| method | seeds | gold | minus `{first}` | proxy | CLIP diversity | layout diversity | gold at equal evaluations "
-        "| evaluations | seconds (one thread) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| method | seeds | proxy | minus `{first}` | gold | minus `{first}` | proxy, gold at equal evaluations | CLIP diversity "
+        "| layout diversity | evaluations | seconds (one thread) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for method, finals in zip(methods, ends, strict=True):
-        seeds = [r["seed"] for r in finals]
-        last = {
-            metric: [c[-1]["mean"] - c[0]["mean"] for s in seeds if (c := curve_of(rows, method, metric, s))]
-            for metric in ("clip_distance", "layout_distance")
-        }
-        equal = [change_at(curve_of(rows, method, "verifier", s), budget) for s in seeds]
-        cells = [
-            f"`{method}`",
-            str(len(finals)),
-            spread([r["gain"] for r in finals]),
-            "" if method == first else spread([r["gain"] - gold[r["seed"]] for r in finals if r["seed"] in gold]),
-            spread([r["gain"] for r in finals_of(rows, method, "proxy")]),
-            spread(last["clip_distance"]),
-            spread(last["layout_distance"]),
-            spread([e for e in equal if e is not None]),
-            f"{statistics.mean(r['nfe'] for r in finals):,.0f}",
-            f"{statistics.mean(r['seconds'] for r in finals):,.0f}",
-        ]
+    for method, found in ends.items():
+        seeds = [r["seed"] for r in found["verifier"]]
+        cells = [f"`{method}`", str(len(seeds))]
+        for metric in ("proxy", "verifier"):
+            beside = {r["seed"]: r["gain"] for r in ends[first][metric]}
+            cells.append(spread([r["gain"] for r in found[metric]]))
+            pairs = [r["gain"] - beside[r["seed"]] for r in found[metric] if r["seed"] in beside]
+            cells.append("" if method == first else spread(pairs))
+        equal = [[change_at(curve_of(rows, method, m, s), budget) for s in seeds] for m in ("proxy", "verifier")]
+        cells.append(", ".join(spread([e for e in values if e is not None]) for values in equal))
+        for metric in ("clip_distance", "layout_distance"):
+            cells.append(
+                spread([c[-1]["mean"] - c[0]["mean"] for s in seeds if (c := curve_of(rows, method, metric, s))])
+            )
+        cells += [f"{statistics.mean(r[k] for r in found['verifier']):,.0f}" for k in ("nfe", "seconds")]
         lines.append(f"| {' | '.join(cells)} |")
     base = {m: next(r["mean"] for r in rows if r["kind"] == "curve" and r["metric"] == m) for m in METRICS}
     count = next(r["n"] for r in rows if r["kind"] == "final")
     lines.append(
-        f"\nChanges against the base, means over seeds with their 95 % interval (Student's t). Gold and proxy: {count} held-out "
-        f"prompts, same noise, sampled without noise in the steps. Diversity: mean pairwise distance within the {IMAGES} images of "
-        f"each of {PROMPTS} held-out prompts, 1 - cosine of the proxy's embeddings and distance of the verifier's layouts; of the "
-        f"base {base['clip_distance']:.3f} and {base['layout_distance']:.3f}. Equal evaluations: where the shortest run ends "
-        f"({budget:,}), between the points of the curve, on the curve's 128 prompts."
+        "\nChanges against the base, means over seeds with their 95 % interval (Student's t); `minus` pairs runs of equal seed. "
+        f"Proxy (trained on) and gold: {count} held-out prompts, same noise, sampled without noise in the steps. Diversity: mean "
+        f"pairwise distance within the {IMAGES} images of each of {PROMPTS} held-out prompts, 1 - cosine of the proxy's embeddings "
+        f"and distance of the verifier's layouts; of the base {base['clip_distance']:.3f} and {base['layout_distance']:.3f}. Equal "
+        f"evaluations: where the shortest run ends ({budget:,}), between the points of the curve, on the curve's 128 prompts."
     )
     return "\n".join(lines)
 

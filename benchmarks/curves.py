@@ -152,7 +152,12 @@ def draw(
     import matplotlib.pyplot as plt
 
     costs = costs or {"iteration": "iterations", "nfe": "network evaluations", "seconds": "seconds on one thread"}
-    shape = {"figsize": (4.33 * len(costs), 1 + 3 * len(metrics)), "sharex": "col", "sharey": "row", "squeeze": False}
+    shape = {
+        "figsize": (4.33 * len(costs), 1.2 + (2.8 if len(metrics) == 1 else 2.2) * len(metrics)),
+        "sharex": "col",
+        "sharey": "row",
+        "squeeze": False,
+    }
     figure, axes = plt.subplots(len(metrics), len(costs), layout="constrained", **shape)
     for panels, (metric, ylabel) in zip(axes, metrics.items(), strict=True):
         for axis, key in zip(panels, costs, strict=True):
