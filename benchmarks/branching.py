@@ -153,6 +153,8 @@ def show() -> None:
         costs = {"nfe": "network evaluations", "seconds": "seconds on one thread"}
         curves.draw(rows, colours, figure, metrics=METRICS, costs=costs)
         text = [comparison(rows, list(colours)), f"![gold and proxy reward and diversity](../assets/{figure.name})"]
+        if "b2" in colours:
+            text.append(parts(rows, "b2", [m for m in colours if m != "b2"]))
         text += ["Each run:\n\n" + single_runs(rows, list(colours))]
         text += ["From `benchmarks/results/branching.json`; seconds were taken while other work shared the machine."]
         place(ROOT / "docs" / "methods" / f"{page}.md", "\n\n".join(text))
@@ -223,6 +225,20 @@ def comparison(rows: Rows, methods: list[str]) -> str:
         f"and distance of the verifier's layouts; of the base {base['clip_distance']:.3f} and {base['layout_distance']:.3f}. Equal "
         f"evaluations: where the shortest run ends ({budget:,}), between the points of the curve, on the curve's 128 prompts."
     )
+    return "\n".join(lines)
+
+
+def parts(rows: Rows, whole: str, others: list[str]) -> str:
+    """Markdown table of a method minus each of the others, paired by seed: what each part of it does."""
+    lines = [f"| `{whole}` minus | proxy | gold |", "|---|---|---|"]
+    for other in others:
+        cells = []
+        for metric in ("proxy", "verifier"):
+            beside = {r["seed"]: r["gain"] for r in finals_of(rows, other, metric)}
+            cells.append(
+                spread([r["gain"] - beside[r["seed"]] for r in finals_of(rows, whole, metric) if r["seed"] in beside])
+            )
+        lines.append(f"| `{other}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
