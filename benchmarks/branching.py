@@ -60,6 +60,14 @@ METRICS = {
     "clip_distance": "diversity: CLIP distance",
     "layout_distance": "diversity: layouts",
 }
+STATISTICS = (
+    "select/kept_fraction",
+    "train/history_fraction",
+    "train/clip_fraction",
+    "train/zero_spread_fraction",
+    "train/pair_error",
+    "train/pair_target",
+)
 PROMPTS, IMAGES = 48, 4
 
 
@@ -98,7 +106,7 @@ def add(method: str, seed: int, folder: Path) -> None:
     """Append one finished run: curves and final scores by gold and proxy, and the diversity of its checkpoints."""
     rows = curves.run_rows(method, seed, folder) + curves.run_rows(method, seed, folder, "proxy")
     trained = [r for r in metric_rows(folder / "metrics.jsonl")[0] if r["kind"] == "train"]
-    for key in ("select/kept_fraction", "train/history_fraction", "train/clip_fraction", "train/zero_spread_fraction"):
+    for key in STATISTICS:
         values = [r[key] for r in trained if r.get(key) is not None]
         if values:
             row = {"method": method, "seed": seed, "kind": "statistic", "metric": key, "n": len(values)}
