@@ -94,7 +94,7 @@ def group_advantages(
     _, group = torch.unique(group_ids.detach().cpu(), return_inverse=True)
     num_groups = int(group.max()) + 1 if group.numel() else 0
 
-    count, mean, group_std = _group_moments(values, present, group, num_groups)
+    count, mean, group_std = group_moments(values, present, group, num_groups)
     usable = count >= config.min_valid
     spread = _group_spread(values, present, group, num_groups)
     # Equal rewards can differ from their rounded mean by an ulp, so zero spread is decided by max - min.
@@ -117,7 +117,7 @@ def group_advantages(
     return advantages.reshape(rewards.shape).to(rewards.device, torch.float32), stats
 
 
-def _group_moments(values: Tensor, present: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def group_moments(values: Tensor, present: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and population std (groups, S) of the present values (N, S), in two passes so that offsets cancel."""
     zeros = values.new_zeros(num_groups, values.shape[1])
     count = zeros.index_add(0, group, present.double())

@@ -18,6 +18,7 @@ from align.errors import UserError
 from align.evaluate import paired_interval
 from align.report import Score, cost_so_far, held_out_scores, iterations_done, parse_config
 from align.runfolder import MARKS, NAN, RunFolder, column, number_of, read_run
+from align.schema import flattened
 
 BASE = "base"
 NOT_COMPARED = ("name", "output_dir", "preset", "trackers")
@@ -243,20 +244,13 @@ def spread(entries: Sequence[Entry], value: Callable[[Entry], str]) -> str:
 
 def differing_settings(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
     """(dotted key, its value in every run) of each setting that is not the same in all; '?' where it is not known."""
-    defaults = _flat(dataclasses.asdict(Config()))  # what the configuration of an older version does not name
-    flat = [defaults | _flat(entry.config) if entry.config else None for entry in entries]
+    defaults = flattened(dataclasses.asdict(Config()))  # what the configuration of an older version does not name
+    flat = [defaults | flattened(entry.config) if entry.config else None for entry in entries]
     known = [settings for settings in flat if settings is not None]
     found = []
     for key in dict.fromkeys(key for settings in known for key in settings):
         if key not in NOT_COMPARED and len({_written(settings.get(key)) for settings in known}) > 1:
             found.append((key, ["?" if settings is None else _written(settings.get(key)) for settings in flat]))
-    return found
-
-
-def _flat(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= _flat(value, f"{where}{key}.") if isinstance(value, Mapping) and value else {f"{where}{key}": value}
     return found
 
 

@@ -28,6 +28,7 @@ from align.history import Past
 from align.models.base import ImageModel, load_model
 from align.objectives import old_policy_decay
 from align.prompts import Prompt, load_prompts, prompt_indices
+from align.schema import flattened
 from align.tracking import Tracker, write_json
 from align.weights import WeightAverage
 from rewards.base import Reward
@@ -340,15 +341,9 @@ _MAY_CHANGE = (
 def _changed_keys(before: str, after: str) -> list[str]:
     from omegaconf import OmegaConf
 
-    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
-
-    plain, old, new = (
-        flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (to_yaml(Config()), before, after)
-    )
-    old = plain | old  # what an older version did not know
+    texts = (to_yaml(Config()), before, after)
+    plain, old, new = (flattened(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)  # type: ignore[arg-type]
+    old, new = plain | old, plain | new  # an older version did not know every setting
     differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     return [k for k in differing if not any(k == m or k.startswith(f"{m}.") for m in _MAY_CHANGE)]
 

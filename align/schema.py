@@ -8,6 +8,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
@@ -112,3 +113,13 @@ def _convert_scalar(hint: Any, value: Any) -> Any:
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise TypeError(f"expected {hint.__name__}, got {value!r}")
+
+
+def flattened(settings: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested settings; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= (
+            flattened(value, f"{where}{key}.") if isinstance(value, Mapping) and value else {f"{where}{key}": value}
+        )
+    return found

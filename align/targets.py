@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from align import credit
-from align.advantages import group_advantages
+from align.advantages import group_advantages, group_moments
 from align.credit_stats import value_stats, zero_spread
 from align.errors import UserError
 from align.history import history_advantages, remember
@@ -53,7 +53,10 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
     metrics |= {"reward/mean": float(present.mean()), "reward/std": float(present.std(correction=0))}
     groups = torch.arange(run.shape.samples) // config.train.group_size
     if config.train.group_size > 1:
-        metrics["reward/group_std"] = _spread(final, groups)
+        counts, _, spreads = group_moments(
+            final.double().nan_to_num(0.0).unsqueeze(1), known.unsqueeze(1), groups, run.shape.groups
+        )
+        metrics["reward/group_std"] = float(spreads[counts > 1].mean())
     step_rewards, credit_stats = credit.step_rewards(values, max(1, len(plan.stochastic)), config.credit, groups)
     advantages, flat = _advantages(run, step_rewards, known, groups, metrics)
     metrics["train/zero_spread_fraction"] = flat
@@ -70,14 +73,6 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
         metrics["select/kept_fraction"] = float(kept.double().mean())
         metrics["select/positive_fraction"] = float((kept & (advantages[:, -1] > 0)).sum() / kept.sum().clamp_min(1))
     return Targets(advantages, kept, final)
-
-
-def _spread(final: Tensor, groups: Tensor) -> float:
-    """Mean over the groups of the std of their present rewards; NaN if no group has two."""
-    table = final.view(int(groups.max()) + 1, -1).double()
-    found = [row[~row.isnan()] for row in table]
-    spreads = [float(row.std(correction=0)) for row in found if len(row) > 1]
-    return sum(spreads) / len(spreads) if spreads else float("nan")
 
 
 def _enough(run: Run, valid: Tensor, metrics: dict[str, float]) -> bool:

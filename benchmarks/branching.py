@@ -10,15 +10,13 @@ the exact verifier (gold) is only measured. Diversity is measured afterwards, on
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import curves
 import torch
-from curves import ROOT, Rows, interval, place
+from curves import ROOT, Rows, change_at, place, spread
 
 from align.config import load_resolved
 from align.evaluate import sample_images
@@ -180,24 +178,6 @@ def curve_of(rows: Rows, method: str, metric: str, seed: int) -> Rows:
     return sorted((r for r in rows if all(r.get(k) == v for k, v in keys.items())), key=lambda r: r["iteration"])
 
 
-def change_at(curve: Rows, nfe: float) -> float | None:
-    """Change since the base when a run has spent `nfe` evaluations, between the points of its curve; None beyond it."""
-    for before, after in pairwise(curve):
-        if before["nfe"] <= nfe <= after["nfe"]:
-            share = (nfe - before["nfe"]) / (after["nfe"] - before["nfe"])
-            return float(before["mean"] + share * (after["mean"] - before["mean"]) - curve[0]["mean"])
-    return None
-
-
-def spread(values: list[float]) -> str:
-    """Mean with its interval over the seeds, as far as there are enough."""
-    if not values:
-        return ""
-    found = interval(values)
-    mean, half = found if found is not None else (statistics.mean(values), None)
-    return f"{mean:+.3f}" if half is None else f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
-
-
 def comparison(rows: Rows, methods: list[str]) -> str:
     """Markdown table, one row a method: means over the seeds."""
     first = methods[0]
@@ -268,24 +248,5 @@ def single_runs(rows: Rows, methods: list[str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "show", "add"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "branching")
-    arguments = parser.parse_args()
-    scratch = arguments.scratch.resolve()
-    if arguments.action == "run":
-        run(arguments.methods, arguments.seeds, scratch)
-    elif arguments.action == "add":
-        for method in arguments.methods:
-            for seed in arguments.seeds:
-                add(method, seed, scratch / f"{method}-{seed}")
-    else:
-        show()
-
-
 if __name__ == "__main__":
-    main()
+    curves.command_line(__doc__, METHODS, ROOT / "outputs" / "branching", run, add, show)

@@ -10,7 +10,6 @@ the seed of a run: it is measured once, and what that took is part of the cost o
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -18,12 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import curves
-from curves import ROOT, Rows, interval, place
+from curves import ROOT, Rows, change_at, place, spread
 
 from align.psi_chart import draw_chart
 from align.run import environment
@@ -178,14 +176,10 @@ def finals_of(rows: Rows, method: str) -> Rows:
     return sorted(found, key=lambda r: r["seed"])
 
 
-def gain_at(rows: Rows, method: str, seed: int, nfe: float) -> float | None:
-    """Gain over the base when a run has spent `nfe` evaluations, between the points of its curve; None outside it."""
-    curve = [r for r in rows if r["kind"] == "curve" and r["method"] == method and r["seed"] == seed]
-    for before, after in pairwise(sorted(curve, key=lambda r: r["iteration"])):
-        if before["nfe"] <= nfe <= after["nfe"]:
-            share = (nfe - before["nfe"]) / (after["nfe"] - before["nfe"])
-            return before["mean"] + share * (after["mean"] - before["mean"]) - curve[0]["mean"]
-    return None
+def curve_of(rows: Rows, method: str, seed: int) -> Rows:
+    """One held-out curve in order."""
+    found = [r for r in rows if r["kind"] == "curve" and r["method"] == method and r["seed"] == seed]
+    return sorted(found, key=lambda r: r["iteration"])
 
 
 def comparison(rows: Rows, methods: list[str]) -> str:
@@ -201,7 +195,7 @@ def comparison(rows: Rows, methods: list[str]) -> str:
         if not finals:
             continue
         beside = [r["gain"] - terminal[r["seed"]]["gain"] for r in finals if r["seed"] in terminal]
-        equal = [gain_at(rows, method, r["seed"], budget) for r in finals] if budget else []
+        equal = [change_at(curve_of(rows, method, r["seed"]), budget) for r in finals] if budget else []
         cells = [
             f"`{method}`",
             str(len(finals)),
@@ -221,17 +215,6 @@ def comparison(rows: Rows, methods: list[str]) -> str:
         "before or was still calibrating."
     )
     return "\n".join(lines)
-
-
-def spread(values: list[float]) -> str:
-    """Mean with its interval over the seeds, as far as there are enough."""
-    if not values:
-        return ""
-    found = interval(values)
-    if found is None:
-        return f"{statistics.mean(values):+.3f}"
-    mean, half = found
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
 def single_runs(rows: Rows, methods: list[str]) -> str:
@@ -298,24 +281,5 @@ def turning_table(rows: Rows, methods: list[str]) -> str:
     return "\n".join([*lines, f"\nBalancing kept {stats['credit/kept_fraction']:.0%} of them."])
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "show", "add"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--scratch", type=Path, default=ROOT / "outputs" / "credit")
-    arguments = parser.parse_args()
-    scratch = arguments.scratch.resolve()
-    if arguments.action == "run":
-        run(arguments.methods, arguments.seeds, scratch)
-    elif arguments.action == "add":
-        for method in arguments.methods:
-            for seed in arguments.seeds:
-                add(method, seed, scratch / f"{method}-{seed}")
-    else:
-        show()
-
-
 if __name__ == "__main__":
-    main()
+    curves.command_line(__doc__, METHODS, ROOT / "outputs" / "credit", run, add, show)

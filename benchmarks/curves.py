@@ -6,6 +6,7 @@ the process that claims it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,52 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     if len(values) not in STUDENT:
         return None
     return statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean with its interval over the seeds, as far as there are enough."""
+    if not values:
+        return ""
+    found = interval(values)
+    if found is None:
+        return f"{statistics.mean(values):+.3f}"
+    mean, half = found
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+
+
+def change_at(curve: Rows, nfe: float) -> float | None:
+    """Change since the base when a run has spent `nfe` evaluations, between the points of its curve; None outside it."""
+    for before, after in pairwise(curve):
+        if before["nfe"] <= nfe <= after["nfe"]:
+            share = (nfe - before["nfe"]) / (after["nfe"] - before["nfe"])
+            return float(before["mean"] + share * (after["mean"] - before["mean"]) - curve[0]["mean"])
+    return None
+
+
+def command_line(
+    text: str | None,
+    methods: Sequence[str] | Mapping[str, Any],
+    scratch: Path,
+    run: Callable[[list[str], list[int], Path], None],
+    add: Callable[[str, int, Path], None],
+    show: Callable[[], None],
+) -> None:
+    """run, add and show, with --methods, --seeds and --scratch (`scratch` if not given)."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "show", "add"])
+    parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scratch", type=Path, default=scratch)
+    arguments = parser.parse_args()
+    folder = arguments.scratch.resolve()
+    if arguments.action == "run":
+        run(arguments.methods, arguments.seeds, folder)
+    elif arguments.action == "add":
+        for method in arguments.methods:
+            for seed in arguments.seeds:
+                add(method, seed, folder / f"{method}-{seed}")
+    else:
+        show()
 
 
 def place(page: Path, text: str, mark: str = "results") -> None:
