@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from align.backprop_loop import gradient_velocity
 from align.config import Config
 from align.geometry import trained_steps
+from align.loops import iteration_of
 from align.models import random_weights
 from align.models.base import ImageModel
-from align.policy_loop import run_iteration
 from align.prompts import load_prompts
 from align.run import Run, environment, start, used_prompts
 from align.tracking import write_json
@@ -45,12 +46,12 @@ def run_bench(config: Config, iterations: int, size: str | None, out: Path, cons
             torch.cuda.reset_peak_memory_stats()
         counter = FlopCounterMode(display=False)
         with console.status("warm-up, counting FLOPs"), counter:
-            run_iteration(run, lambda *_: None)
+            iteration_of(config)(run, lambda *_: None)
         flops = float(counter.get_total_flops())
         rows = []
         for i in range(iterations):
             with console.status(f"timed iteration {i + 1}/{iterations}"):
-                rows.append(run_iteration(run, lambda *_: None))
+                rows.append(iteration_of(config)(run, lambda *_: None))
         peak = _peak_megabytes(run.model.device)
         row = _row(run, rows, flops, _recomputed(run, rows), peak, size)
     result = {
@@ -71,17 +72,26 @@ def run_bench(config: Config, iterations: int, size: str | None, out: Path, cons
 
 
 def _recomputed(run: Run, rows: list[dict[str, float]]) -> float:
-    """FLOPs of an iteration that only repeat a forward pass (gradient checkpointing); not counted as the model's."""
-    if not run.config.model.gradient_checkpointing:
+    """FLOPs of an iteration that only repeat a forward pass of the network; not counted as the model's.
+
+    With gradient checkpointing, and in reward_gradient, whose adjoint runs every active step again.
+    """
+    config, times = run.config, int(run.config.model.gradient_checkpointing)
+    backwards = config.objective.type == "reward_gradient"
+    if not times + backwards:
         return 0.0
+    velocity = gradient_velocity(run.model, config.backprop.guidance_gradient) if backwards else run.model.velocity
     x = torch.zeros(1, *run.model.latent_shape, device=run.model.device)
     cond = run.model.conditioning(used_prompts(run.config, run.train_prompts)[:1])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run.model.velocity(x, torch.ones(1, device=x.device), cond)
+        velocity(x, torch.ones(1, device=x.device), cond)
+    if backwards:
+        active = statistics.median(r["train/active_steps"] for r in rows) * (1 + config.backprop.lv_draws)
+        return float(counter.get_total_flops()) * run.shape.local_samples * active * (times + 1)
     trained = run.shape.local_samples * statistics.median(r.get("select/kept_fraction", 1.0) for r in rows)
-    columns = trained_steps(len(run.config.sampler.make_plan(0, 0).stochastic), run.config.train.step_fraction)
-    columns = run.shape.pairs_per_sample if run.config.objective.type == "forward_process" else columns
-    return float(counter.get_total_flops()) * trained * columns * run.config.train.inner_epochs
+    columns = trained_steps(len(config.sampler.make_plan(0, 0).stochastic), config.train.step_fraction)
+    columns = run.shape.pairs_per_sample if config.objective.type == "forward_process" else columns
+    return float(counter.get_total_flops()) * trained * columns * config.train.inner_epochs
 
 
 def _row(

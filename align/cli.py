@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from align.serve import serve_command
 from align.train import print_summary, readable_errors, save_comparison, train_command
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     help="Fine-tune text-to-image models towards a reward and see what it did. First: align train configs/demo.yaml",
 )
 app.command("train")(train_command)
+app.command("serve-reward")(serve_command)
 
 Target = Annotated[
     str, typer.Argument(help="a run's folder (outputs/NAME), or a model: diffusers folder, hub id, or playground")
@@ -30,7 +32,17 @@ Guidance = Annotated[float | None, typer.Option(help="guidance scale (default: t
 Seed = Annotated[int | None, typer.Option(min=0, help="noise seed (default: the run's, else 0)")]
 Reward = Annotated[list[str] | None, typer.Option(help="a reward to score with; repeatable (default: the run's)")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-Scale = Annotated[float, typer.Option(help="strength of the adapter; 0 is the base")]
+Scale = Annotated[float | None, typer.Option(help="strength of the adapter; 0 is the base (default: 1)")]
+Scales = Annotated[
+    str | None, typer.Option(help="several strengths, a column each, as in 0,0.5,1; below 0 and above 1 too")
+]
+Mix = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="A:0.5,B:0.5",
+        help="a further column: the adapters of these runs or folders, each with its strength; repeatable",
+    ),
+]
 
 
 @app.command()
@@ -43,7 +55,7 @@ def sample(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = None,
-    scale: Scale = 1.0,
+    scale: Scale = None,
     debug: Debug = False,
 ) -> None:
     """Generate images of one or more prompts, and a contact sheet of all of them.
@@ -56,7 +68,7 @@ def sample(
         from align.grids import as_image, image_sheet, save_png
         from align.inference import load_target
 
-        setup = load_target(target, adapter, steps, guidance, seed, scale)
+        setup = load_target(target, adapter, steps, guidance, seed, 1.0 if scale is None else scale)
         texts = [p for p in prompt for _ in range(n)]
         images = []
         with console.status(f"sampling {len(texts)} images"):
@@ -80,7 +92,7 @@ def grid(
         int | None, typer.Option(min=1, help="number of prompts (default: 8), or of trajectories (default: 1)")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="PNG to write (default: RUN/grids/grid.png or trajectory.png)")
+        Path | None, typer.Option(help="PNG to write (default: grid.png, sweep.png or trajectory.png in RUN/grids)")
     ] = None,
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="instead: one prompt's trajectory, every state completed and scored")
@@ -96,11 +108,14 @@ def grid(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = None,
-    scale: Scale = 1.0,
+    scale: Scale = None,
+    scales: Scales = None,
+    mix: Mix = None,
     debug: Debug = False,
 ) -> None:
     """Draw prompts x {base, tuned} from the same noise, with scores under each image; or one trajectory, step by step.
 
+    --scales and --mix draw other columns beside the base: strengths of the adapter, and sums of several adapters.
     --trajectory samples as the run trains (a model: flow_sde, 10 steps) and marks turning points; there TARGET may also
     be a run's YAML file or adapter folder. For example:
     align grid playground --trajectory --reward verifier --prompt "a red circle" --n 2
@@ -109,11 +124,15 @@ def grid(
     with readable_errors(console, debug):
         from align.errors import UserError
         from align.inference import chosen_prompts, chosen_rewards, compare, load_target
+        from align.sweep import read_sweep, sweep_columns
 
+        sweep = read_sweep(scale, scales, mix)  # a mistake is told now, not after the model is loaded
+        if trajectory and sweep.given:
+            raise UserError("--scales and --mix go with a grid of prompts; --trajectory takes one strength, --scale")
         if trajectory:
             from align.trajectory import chosen_prompt, load_setup, sample_trajectories, save_trajectories
 
-            setup = load_setup(target, adapter, seed, scale)
+            setup = load_setup(target, adapter, seed, sweep.scale)
             with console.status("sampling and scoring"):
                 numbers = range(sample, sample + (n or 1))
                 found = sample_trajectories(
@@ -124,10 +143,13 @@ def grid(
         elif prompt is not None or sample:
             raise UserError("--prompt and --sample go with --trajectory; a grid takes --prompts FILE")
         else:
-            setup = load_target(target, adapter, steps, guidance, seed, scale)
+            setup = load_target(target, adapter, steps, guidance, seed, sweep.scale)
+            adapters = {column.label: column.shares for column in sweep_columns(sweep, setup)}
             rows = chosen_prompts(setup, prompts, n or 8)
-            columns = compare(setup, chosen_rewards(setup, reward or []), rows, console, keep=len(rows))
-            path = out or (Path(target) / "grids" / "grid.png" if setup.config else Path("outputs/grid.png"))
+            rewards = chosen_rewards(setup, reward or [])
+            columns = compare(setup, rewards, rows, console, keep=len(rows), adapters=adapters)
+            name = "sweep.png" if sweep.given else "grid.png"
+            path = out or (Path(target) / "grids" if setup.config else Path("outputs")) / name
             save_comparison(path, columns, len(rows))
         console.print(f"grid: {path}", highlight=False, soft_wrap=True)
 
@@ -143,28 +165,39 @@ def eval_command(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = None,
-    scale: Scale = 1.0,
+    scale: Scale = None,
+    scales: Scales = None,
+    mix: Mix = None,
     debug: Debug = False,
 ) -> None:
     """Score base and tuned on held-out prompts: JSON, grid and a table with paired 95 % intervals.
 
     A run brings its own prompts, rewards, steps and guidance; options win over them. A model needs --prompts and
     --reward. --reward takes a name of the run's config, a registered reward (jpeg, clip, verifier) or FILE.py:NAME.
+    --scales and --mix score other columns against the base: strengths of the adapter, and sums of several adapters.
     """
     console = Console()
     with readable_errors(console, debug):
         from align.errors import UserError
         from align.evaluate import paired_interval
         from align.inference import chosen_prompts, chosen_rewards, compare, load_target
+        from align.sweep import print_sweep, read_sweep, save_sweep, sweep_columns
         from align.tracking import write_json
 
-        setup = load_target(target, adapter, steps, guidance, seed, scale)
+        sweep = read_sweep(scale, scales, mix)
+        setup = load_target(target, adapter, steps, guidance, seed, sweep.scale)
         rewards = chosen_rewards(setup, reward or [])
         if not rewards:
             raise UserError("give at least one --reward NAME")
         found = chosen_prompts(setup, prompts, n)
-        columns = compare(setup, rewards, found, console, keep=8)
-        folder = out or (Path(target) if setup.config else Path("outputs")) / "eval" / f"{setup.num_steps}-steps"
+        shown = sweep_columns(sweep, setup)
+        adapters = {column.label: column.shares for column in shown}
+        columns = compare(setup, rewards, found, console, keep=8, adapters=adapters)
+        name = f"{setup.num_steps}-steps" + ("-sweep" if sweep.given else "")
+        folder = out or (Path(target) if setup.config else Path("outputs")) / "eval" / name
+        if sweep.given:
+            print_sweep(save_sweep(folder, columns, shown, min(8, len(found))), len(found), console)
+            return
         for label, evaluation in columns.items():
             write_json(folder / f"{label}.json", evaluation.to_json())
         path = save_comparison(folder / "grid.png", columns, min(8, len(found)))
@@ -180,6 +213,39 @@ def eval_command(
         }
         write_json(folder / "summary.json", summary)
         print_summary(summary, len(found), console)
+
+
+@app.command("score")
+def score_command(
+    images: Annotated[
+        str | None, typer.Argument(help="an image, a folder of images, or a .jsonl with image and prompt in each line")
+    ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="a registered name, FILE.py:NAME or package.module:NAME; repeatable")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="the prompt of every image")] = None,
+    prompts: Annotated[str | None, typer.Option(help=".txt or .jsonl with a prompt for each image, by name")] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of the reward; repeatable")
+    ] = None,
+    check: Annotated[
+        str | None, typer.Option(metavar="REWARD", help="instead: does this reward keep the contract, point by point?")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write as well")] = None,
+    debug: Debug = False,
+) -> None:
+    """Score image files with any reward, or check a reward of your own.
+
+    For example: align score photos --reward jpeg; align score --check my_reward.py:MyReward --arg floor=0.1
+    """
+    console = Console()
+    with readable_errors(console, debug):
+        from align.score import run_check, run_score
+
+        if check is None:
+            run_score(images, reward or [], console, prompt=prompt, prompts=prompts, arguments=arg or [], out=out)
+        elif not run_check(check, console, source=images, prompt=prompt, prompts=prompts, arguments=arg or [], out=out):
+            raise SystemExit(1)
 
 
 @app.command()

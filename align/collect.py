@@ -107,7 +107,7 @@ def collect(
             if plan.split:
                 noise = starts[cond_rows[start : start + size]] if plan.shared else starts[start : start + size]
             else:
-                noise = _initial(run, owners if config.sampler.shared_start else ids, iteration, seed)
+                noise = initial_states(run, owners if config.sampler.shared_start else ids, iteration, seed)
             if config.sampler.kernel == "ode":
                 finals.append(solve(model.velocity, noise, cond, run.grid, config.sampler.solver))
                 nfe += len(ids) * config.sampler.num_steps * passes(config.sampler.guidance_scale)
@@ -138,7 +138,7 @@ def collect(
     )
 
 
-def _initial(run: Run, keys: Sequence[int], iteration: int, seed: int) -> Tensor:
+def initial_states(run: Run, keys: Sequence[int], iteration: int, seed: int) -> Tensor:
     """Initial states (len(keys), C, h, w), one for each sample or group named in `keys`."""
     model = run.model
     noise = keyed_normal(
@@ -169,20 +169,20 @@ def _starts(
         rows = torch.arange(start, start + len(some)) if plan.shared else cond_rows[start : start + size]
         part = rollout(
             run.model.velocity,
-            _initial(run, some, iteration, seed),
+            initial_states(run, some, iteration, seed),
             conds.take(rows),
             run.grid[: plan.split + 1],
             plan.prefix(),
             run.kernel,
             run.noise_levels[: plan.split],
-            _step_noise(run, some, iteration, seed, stream=BRANCH_STREAM if plan.shared else STEP_STREAM),
+            step_noise(run, some, iteration, seed, stream=BRANCH_STREAM if plan.shared else STEP_STREAM),
         )
         states.append(part.final)
         nfe += part.nfe * passes(run.config.sampler.guidance_scale)
     return torch.cat(states), nfe
 
 
-def _step_noise(
+def step_noise(
     run: Run, keys: Sequence[int], iteration: int, seed: int, first: int = 0, stream: int = STEP_STREAM
 ) -> Callable[[int], Tensor]:
     """Noise of the steps from `first` on, a row for each of `keys`."""
@@ -225,7 +225,7 @@ def _trajectory(
         plan.suffix(),
         run.kernel,
         run.noise_levels[plan.split :],
-        _step_noise(run, ids, iteration, seed, plan.split),
+        step_noise(run, ids, iteration, seed, plan.split),
         log_prob_form=run.log_prob_form,
         log_prob_dtype=run.log_prob_dtype,
         completions=completions,

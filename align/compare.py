@@ -48,7 +48,7 @@ from align.compare_runs import (
 )
 from align.errors import UserError
 from align.grids import format_score
-from align.inference import chosen_prompts, compare, load_target, ready_reward
+from align.inference import Share, chosen_prompts, compare, load_target, ready_reward
 from align.prompts import load_prompts
 from align.report import Score, cost_so_far, data_uri, duration, iterations_done, write_page
 from align.runfolder import NAN, number_of
@@ -170,7 +170,8 @@ def _draw_grid(
         setup = load_target(str(first.run.path), str(next(iter(adapters.values()))), seed=seed)
         rewards = _rewards(found, setup.model.device)
     chosen = chosen_prompts(setup, prompts, count)
-    columns = compare(setup, rewards, chosen, console, keep=len(chosen), adapters=adapters)
+    shares = {label: [Share(folder)] for label, folder in adapters.items()}
+    columns = compare(setup, rewards, chosen, console, keep=len(chosen), adapters=shares)
     save_comparison(path, columns, len(chosen))
     for entry in found.entries[1:]:
         if (entry.setting("eval.num_steps"), deployed_guidance(entry)) != (setup.num_steps, setup.guidance_scale):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +13,20 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from align.advantages import AdvantageConfig
+from align.config_checks import validate
 from align.credit import CreditConfig
+from align.early_stop import EarlyStopConfig
 from align.errors import UserError
 from align.models.base import ModelConfig
 from align.objectives import ObjectiveConfig
+from align.reward_loss import LossConfig
 from align.schema import build, nearest
 from align.selection import SelectionConfig
 from rewards.registry import RewardConfig
 from samplers.calibration import CalibrationConfig
 from samplers.completions import CompletionConfig
 from samplers.config import SamplerConfig
-from samplers.plans import suffix_length
+from samplers.gradient_plan import BackpropConfig
 
 _REPOSITORY = Path(__file__).parent.parent / "configs"
 CONFIG_DIR = _REPOSITORY if _REPOSITORY.is_dir() else Path(__file__).parent / "configs"
@@ -149,9 +151,12 @@ class Config:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    backprop: BackpropConfig = field(default_factory=BackpropConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers through Accelerate (tensorboard, wandb, ...); metrics.jsonl is always written."""
@@ -224,223 +229,6 @@ def preset_path(name: str) -> Path:
             return candidate
     known = sorted(p.stem for sub in ("methods", "models") for p in (CONFIG_DIR / sub).glob("*.yaml"))
     raise UserError(f"preset: no preset '{name}'{nearest(name, known)}; known: {', '.join(known)}")
-
-
-def validate(config: Config) -> list[str]:
-    """Impossible values and combinations, one line each."""
-    errors = config.model.validate()
-    errors += [f"sampler.{line}" for line in config.sampler.validate()]
-    errors += [f"completions.{line}" for line in config.completions.validate(config.sampler.num_steps)]
-    errors += [f"calibration.{line}" for line in config.calibration.validate()]
-    errors += [f"credit.{line}" for line in config.credit.validate()]
-    errors += [f"advantage.{line}" for line in config.advantage.validate()]
-    errors += [f"selection.{line}" for line in config.selection.validate()]
-    errors += [f"objective.{line}" for line in config.objective.validate(config.sampler.num_steps)]
-    for kind, group in (("rewards", config.rewards), ("eval_rewards", config.eval_rewards)):
-        for name, reward in group.items():
-            errors += [f"{kind}.{name}.{line}" for line in reward.validate()]
-    if not config.rewards:
-        errors.append("rewards: none given; add for example  rewards: {verifier: {type: verifier}}")
-    elif all(r.weight == 0 for r in config.rewards.values()):
-        errors.append("rewards: every weight is 0, so there is nothing to learn")
-    for name in set(config.rewards) & set(config.eval_rewards):
-        errors.append(f"eval_rewards.{name}: already in rewards, which are always evaluated too")
-    errors += _minimums(config)
-    errors += _combinations(config)
-    return errors
-
-
-def _minimums(config: Config) -> list[str]:
-    lowest = {
-        "train.iterations": 1, "train.prompts_per_iteration": 1, "train.micro_batch": 1,
-        "train.group_size": 1 if config.advantage.baseline == "history" else 2, "train.inner_epochs": 1,
-        "train.updates_per_iteration": 1, "train.rollout_batch": 1, "train.seed": 0, "eval.every": 0, "eval.during": 1,
-        "eval.prompts": 1, "eval.num_steps": 1, "eval.grid_prompts": 1, "eval.seed": 0, "checkpoint.every": 1,
-        "checkpoint.keep": 1, "optim.ema_every": 1, "optim.warmup_updates": 0,
-    }  # fmt: skip
-    errors = []
-    for key, low in lowest.items():
-        room, name = key.split(".")
-        value = getattr(getattr(config, room), name)
-        if value < low:
-            errors.append(f"{key}: must be at least {low}, got {value}")
-    for key in ("lr", "max_grad_norm", "eps"):
-        if getattr(config.optim, key) <= 0:
-            errors.append(f"optim.{key}: must be positive, got {getattr(config.optim, key)}")
-    for key in ("ema_decay", "final_lr_fraction"):
-        if not 0 <= getattr(config.optim, key) < 1 + (key != "ema_decay"):
-            errors.append(f"optim.{key}: must be between 0 and 1, got {getattr(config.optim, key)}")
-    if not 0 <= config.train.max_invalid_fraction <= 1:
-        errors.append(f"train.max_invalid_fraction: must be between 0 and 1, got {config.train.max_invalid_fraction}")
-    if not all(0 <= beta < 1 for beta in config.optim.betas):
-        errors.append(f"optim.betas: both must be in [0, 1), got {list(config.optim.betas)}")
-    if config.optim.weight_decay < 0:
-        errors.append(f"optim.weight_decay: must not be negative, got {config.optim.weight_decay}")
-    if "/" in config.name or config.name in ("", ".", ".."):
-        errors.append(f"name: must be a plain folder name, got '{config.name}'")
-    return errors
-
-
-def _combinations(config: Config) -> list[str]:
-    errors = []
-    samples, updates = config.samples_per_iteration, config.train.updates_per_iteration
-    if updates > 0 and samples % updates:
-        errors.append(f"train.updates_per_iteration: {updates} does not divide the {samples} samples of an iteration")
-    if config.objective.type == "clipped_ratio" and config.sampler.kernel == "ode":
-        errors.append(
-            "sampler.kernel: 'ode' is deterministic, so it has no probability ratio; objective.type clipped_ratio needs "
-            "flow_sde, dance_sde, cps or ddim (or use objective.type forward_process)"
-        )
-    if config.objective.type == "reward_difference" and config.sampler.kernel == "ode":
-        errors.append("sampler.kernel: 'ode' has no log-prob, which reward_difference needs; use ddim, flow_sde or cps")
-    if config.objective.type == "forward_process" and config.sampler.kernel != "ode":
-        errors.append(
-            f"sampler.kernel: objective.type forward_process trains on final images only and collects them with 'ode'; "
-            f"got '{config.sampler.kernel}'"
-        )
-    if config.sampler.kernel == "ode" and config.sampler.plan != "full":
-        errors.append(
-            f"sampler.plan: '{config.sampler.plan}' chooses stochastic steps, and kernel 'ode' has none; use plan 'full'"
-        )
-    if config.sampler.kernel != "ode" and config.sampler.solver != "euler":
-        errors.append(
-            f"sampler.solver: '{config.sampler.solver}' only acts with kernel 'ode'; got '{config.sampler.kernel}'"
-        )
-    if config.sampler.kernel == "ode" and config.sampler.psi is not None:
-        errors.append("sampler.psi: kernel 'ode' has no noise to set; remove psi")
-    errors += _credit_errors(config) + _one_reward_errors(config) + _pair_errors(config)
-    chosen, clip = config.selection, config.advantage.clip
-    if chosen.rule == "extremes" and chosen.pos_threshold > clip and chosen.neg_threshold < -clip:
-        errors.append(
-            f"selection: no advantage passes these thresholds, since advantage.clip is {clip:g}; bring them nearer"
-        )
-    if not 0 < config.train.step_fraction <= 1:
-        errors.append(f"train.step_fraction: must be in (0, 1], got {config.train.step_fraction}")
-    if config.objective.type == "forward_process":
-        for key in ("inner_epochs", "step_fraction"):
-            if getattr(config.train, key) != 1:
-                errors.append(f"train.{key}: objective.type forward_process trains drawn times once; leave it at 1")
-    if (
-        config.train.group_size >= 2
-        and config.advantage.baseline == "group"
-        and config.advantage.min_valid > config.train.group_size
-    ):
-        errors.append(
-            f"advantage.min_valid: {config.advantage.min_valid} is more than train.group_size "
-            f"{config.train.group_size}, so no group would ever count"
-        )
-    return errors
-
-
-def _credit_errors(config: Config) -> list[str]:
-    rule, sampler = config.credit.rule, config.sampler
-    if not config.credit.needs_values:
-        return []
-    if config.objective.type != "clipped_ratio":
-        return [
-            f"credit.rule: '{rule}' gives every sampling step its own reward, and objective.type "
-            f"{config.objective.type} trains by the final reward alone; use clipped_ratio, or credit.rule terminal"
-        ]
-    if rule == "turning_point" and not sampler.validate() and len(sampler.make_plan(0, 0).stochastic) < 2:
-        return ["credit.rule: turning_point compares neighbouring steps, and only 1 is stochastic; use 2 or more"]
-    return []
-
-
-def _one_reward_errors(config: Config) -> list[str]:
-    """History and the choice of extremes need one reward per image."""
-    rule = config.credit.rule
-    if rule == "terminal":
-        return []
-    errors = []
-    if config.advantage.baseline == "history":
-        errors.append(
-            f"advantage.baseline: history keeps one reward an image, and credit.rule {rule} gives one a step; use group"
-        )
-    if config.selection.rule == "extremes":
-        errors.append(
-            f"selection.rule: extremes ranks images by one number, and credit.rule {rule} gives one a step; use all"
-        )
-    return errors
-
-
-def _pair_errors(config: Config) -> list[str]:
-    """reward_difference compares whole trajectories of one prompt, by their raw rewards."""
-    if config.objective.type != "reward_difference":
-        return []
-    reason = "objective.type reward_difference compares the raw rewards of whole trajectories"
-    errors = []
-    if config.selection.rule != "all":
-        errors.append(f"selection.rule: {reason}; use all")
-    if config.train.step_fraction != 1:
-        errors.append(f"train.step_fraction: {reason}; use 1")
-    if config.sampler.plan not in ("full", "branched") or not (
-        config.sampler.branch.shared or config.sampler.plan == "full"
-    ):
-        errors.append(
-            f"sampler.plan: {reason}, from a start that they share or to the end; use full, or branched and shared"
-        )
-    if (
-        config.train.updates_per_iteration > 0
-        and config.train.prompts_per_iteration % config.train.updates_per_iteration
-    ):
-        errors.append(f"train.updates_per_iteration: {reason}, so it must divide train.prompts_per_iteration")
-    if config.train.group_size < 2:
-        errors.append(f"train.group_size: {reason} in pairs; use at least 2")
-    return errors
-
-
-def without_effect(config: Config) -> list[str]:
-    """Settings that differ from their defaults and that nothing will read, each with the reason: notes, not errors.
-
-    A layer may well set what a later layer switches off, so these are said and not refused.
-    """
-    sampler, optim, plain = config.sampler, config.optim, Config()
-    values = config.credit.needs_values or sampler.psi is not None
-    cases: list[tuple[bool, str, str]] = [
-        (sampler.plan not in ("window", "sliding"), "sampler.window_size", f"sampler.plan is {sampler.plan}"),
-        (sampler.plan not in ("window", "sliding"), "sampler.window_range", f"sampler.plan is {sampler.plan}"),
-        (sampler.plan != "sliding", "sampler.window_every", f"sampler.plan is {sampler.plan}"),
-        (sampler.plan != "sliding", "sampler.window_stride", f"sampler.plan is {sampler.plan}"),
-        (sampler.plan != "branched", "sampler.branch", f"sampler.plan is {sampler.plan}"),
-        (
-            sampler.plan == "branched",
-            "sampler.shared_noise",
-            "sampler.plan is branched, see sampler.branch.shared",
-        ),
-        (config.advantage.baseline != "history", "advantage.history", "advantage.baseline is group"),
-        (config.advantage.baseline == "history", "advantage.std", "advantage.baseline is history"),
-        (config.advantage.baseline == "history", "advantage.std_floor", "advantage.baseline is history"),
-        (config.advantage.baseline == "history", "advantage.min_valid", "advantage.baseline is history"),
-        (config.objective.type == "reward_difference", "advantage", "objective.type is reward_difference"),
-        (config.objective.type == "reward_difference", "selection", "objective.type is reward_difference"),
-        (config.selection.rule == "all", "selection.pos_threshold", "selection.rule is all"),
-        (config.selection.rule == "all", "selection.neg_threshold", "selection.rule is all"),
-        (sampler.grid != "linspace_shift", "sampler.shift", f"sampler.grid is {sampler.grid}"),
-        (sampler.kernel == "ode", "sampler.noise_level", "sampler.kernel is ode"),
-        (sampler.psi is not None, "sampler.noise_level", "sampler.psi sets the noise"),
-        (not values, "completions", f"credit.rule is {config.credit.rule}"),
-        (config.credit.rule != "turning_point", "credit.turning_point", f"credit.rule is {config.credit.rule}"),
-        (not config.credit.turning_point.balance, "credit.turning_point.balance_scope", "balance is false"),
-        (not config.credit.turning_point.balance, "credit.turning_point.balance_key", "balance is false"),
-        (config.calibration.rule == "literal", "calibration.tolerance", "calibration.rule is literal"),
-        (config.calibration.rule == "fraction", "calibration.count_tolerance", "calibration.rule is fraction"),
-        (optim.ema_decay == 0, "optim.ema_every", "optim.ema_decay is 0"),
-        (optim.schedule == "constant", "optim.final_lr_fraction", "optim.schedule is constant"),
-    ]
-    lines = []
-    for idle, key, reason in cases:
-        if idle and attrgetter(key)(config) != attrgetter(key)(plain):
-            lines.append(f"{key} has no effect: {reason}")
-    start, end = sampler.branch.lengths(sampler.num_steps)
-    if sampler.plan == "branched" and start < end and sampler.branch.stages > config.train.iterations:
-        reached = suffix_length(config.train.iterations - 1, start, end, sampler.branch.stages)
-        lines.append(
-            f"sampler.branch.stages {sampler.branch.stages}: after train.iterations = {config.train.iterations} the suffix has "
-            f"grown to {reached} of {end} steps"
-        )
-    if config.eval.during > config.eval.prompts:
-        lines.append(f"eval.during {config.eval.during}: only eval.prompts = {config.eval.prompts} are evaluated")
-    return lines
 
 
 def to_yaml(config: Config) -> str:

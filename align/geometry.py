@@ -26,7 +26,8 @@ class Geometry:
     groups: int
     updates: int
     pairs_per_sample: int
-    """Stochastic steps S (clipped_ratio) or re-noised times (forward_process) trained per image."""
+    """Stochastic steps S (clipped_ratio), re-noised times (forward_process) or, at most, differentiated steps
+    (reward_gradient) trained per image."""
     micro_batch: int
 
     @property
@@ -64,6 +65,8 @@ def pairs_per_sample(config: Config) -> int:
 
         grid = torch.linspace(1, 0, config.sampler.num_steps + 1)
         return draw_times(grid, [0], 0, 0, config.objective.times_per_sample, config.objective.time_range).shape[1]
+    if config.objective.type == "reward_gradient":
+        return config.backprop.most_active(config.sampler.num_steps) + config.backprop.lv_draws
     longest = config.sampler.make_plan(0, config.train.iterations - 1)  # a branched plan's suffix only grows
     return trained_steps(len(longest.stochastic), config.train.step_fraction)
 
@@ -99,7 +102,7 @@ def geometry_table(config: Config, shape: Geometry) -> Table:
         ),
         ("processes", shape.processes, ""),
         ("images per process", shape.local_samples, f"sampled {config.train.rollout_batch} at a time"),
-        ("pairs per image", shape.pairs_per_sample, f"of {config.sampler.num_steps} sampling steps{_growth(config)}"),
+        ("pairs per image", shape.pairs_per_sample, _pairs_formula(config)),
         ("updates per iteration", shape.updates * config.train.inner_epochs, _shares(config, shape)),
         ("micro-batch", shape.micro_batch, "pairs per forward-backward on one process"),
         ("gradient accumulation", shape.accumulation, f"{shape.pairs_per_update} pairs / micro-batch"),
@@ -108,10 +111,16 @@ def geometry_table(config: Config, shape: Geometry) -> Table:
     return table
 
 
-def _growth(config: Config) -> str:
+def _pairs_formula(config: Config) -> str:
+    text = f"of {config.sampler.num_steps} sampling steps"
+    if config.objective.type == "reward_gradient":
+        copies = f", {config.backprop.lv_draws} of them of noised copies" if config.backprop.lv_draws else ""
+        random = config.backprop.steps == "last" and config.backprop.truncation != "fixed"
+        return f"differentiated{', at most,' if random else ''} {text}{copies}"
     first = len(config.sampler.make_plan(0, 0).stochastic)
     last = len(config.sampler.make_plan(0, config.train.iterations - 1).stochastic)
-    return f", in the end; {first} at first" if config.sampler.plan == "branched" and first != last else ""
+    grows = config.sampler.plan == "branched" and first != last
+    return f"{text}, in the end; {first} at first" if grows else text
 
 
 def _shares(config: Config, shape: Geometry) -> str:
@@ -125,7 +134,7 @@ def memory_estimate(config: Config) -> dict[str, Any]:
 
     Nothing is loaded: the denoiser and VAE are built on the meta device. Activations of a transformer are estimated as 34
     bytes per token, channel and layer in half precision (68 in float32), or one tensor per layer with checkpointing;
-    those of a UNet from its blocks.
+    those of a UNet and of a decoder that is differentiated from their blocks.
     """
     import diffusers
     from accelerate import init_empty_weights
@@ -155,8 +164,12 @@ def memory_estimate(config: Config) -> dict[str, Any]:
     text_tokens = 77 + (config.model.max_sequence_length if has_t5 else 0)
     factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     activations = _activations(config, network, width, factor, text_tokens)
-    stored = config.samples_per_iteration * _states(config) * 4 * _latent_elements(config, parts, factor)
+    stored = _images_held(config) * _states(config) * 4 * _latent_elements(config, parts, factor)
     gib = 1024**3
+    image = 4 * config.loss.image_batch * _decoder_elements(parts["vae"], config, factor)
+    # the graph of the image is freed before that of a step is made
+    peak = max(activations, image) if config.objective.type == "reward_gradient" else activations
+    decoding = {"image_path_gib": image / gib} if config.objective.type == "reward_gradient" else {}
     return {
         "denoiser_parameters": total,
         "vae_parameters": vae,
@@ -164,13 +177,25 @@ def memory_estimate(config: Config) -> dict[str, Any]:
         "weights_gib": (total * width + vae * 4) / gib,
         "training_state_gib": trainable * 4 * copies / gib,
         "activations_gib": activations / gib,
+        **decoding,
         "trajectories_gib": stored / gib,
-        "total_gib": (total * width + vae * 4 + trainable * 4 * copies + activations + stored) / gib,
+        "total_gib": (total * width + vae * 4 + trainable * 4 * copies + peak + stored) / gib,
     }
 
 
+def _images_held(config: Config) -> int:
+    """Images whose states are kept at once: a rollout of all of them, or the chains that are differentiated together."""
+    whole = config.samples_per_iteration
+    return min(whole, config.train.rollout_batch) if config.objective.type == "reward_gradient" else whole
+
+
 def _states(config: Config) -> int:
-    """Latents kept for each image of a rollout: those around stochastic steps, and the final one."""
+    """Latents kept for each image of a rollout: those around stochastic steps, and the final one.
+
+    With reward_gradient those before differentiated steps, the final one and the gradient there.
+    """
+    if config.objective.type == "reward_gradient":
+        return pairs_per_sample(config) + 2 + 2 * config.backprop.lv_draws
     stochastic = config.sampler.make_plan(0, config.train.iterations - 1).stochastic
     return len({*stochastic, *(k + 1 for k in stochastic), config.sampler.num_steps})
 
@@ -195,6 +220,25 @@ def _activations(config: Config, network: Any, width: int, factor: int, text_tok
     if config.model.gradient_checkpointing:
         return one_layer + layers * tokens * channels * width
     return layers * one_layer
+
+
+def _decoder_elements(vae: Any, config: Config, factor: int) -> float:
+    """Elements kept for the backward pass through the VAE's decoder, of one image.
+
+    Per pixel 3.5 (in + out) channels of a residual block; with checkpointing half a tensor, and the largest block. Of the
+    decoder of SD 1.5 that is what autograd saves, within 2 %.
+    """
+    from diffusers.models.resnet import ResnetBlock2D
+
+    side = (config.model.resolution or int(vae.config.get("sample_size") or 64)) // factor
+    blocks = []
+    for level, block in [(0, vae.decoder.mid_block), *enumerate(vae.decoder.up_blocks)]:
+        pixels = (side * 2**level) ** 2
+        residuals = [m for m in block.modules() if isinstance(m, ResnetBlock2D)]
+        blocks.append(pixels * sum(m.in_channels + m.out_channels for m in residuals))
+    if config.loss.checkpointing:
+        return 0.5 * sum(blocks) + 3.5 * max(blocks)
+    return 3.5 * sum(blocks)
 
 
 def _unet_elements(network: Any, side: int, checkpointing: bool) -> float:

@@ -51,7 +51,7 @@ def comparison_grid(
     height = max((p.height for p in everything), default=0)
     rewards = list(dict.fromkeys(reward for by_reward in scores.values() for reward in by_reward))
 
-    heads = {label: _wrap(label, HEAD, width, 3) for label in pictures}  # what tells run names apart may stand last
+    heads = {label: _wrap(label, HEAD, width, 6) for label in pictures}  # what tells run names apart may stand last
     head_height = 38 + LINE * (max([len(lines) for lines in heads.values()], default=1) - 1)
     fold = max(1, min(fold, len(prompts)))
     rows_a_block = math.ceil(len(prompts) / fold)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from align.errors import UserError
 from align.evaluate import Evaluation, evaluate
 from align.models.base import ImageModel, ModelConfig, load_model
 from align.prompts import Prompt, load_prompts
+from align.run import deploy_guidance
 from align.schema import nearest
 from rewards.base import Reward
 from rewards.registry import RewardConfig, build_reward
@@ -34,6 +35,16 @@ class Setup:
     seed: int
     config: Config | None
     """The run's configuration when the target is a run's folder."""
+    loaded: dict[Path, str] = field(default_factory=dict)
+    """Resolved folder -> name in the pipeline, of every adapter that it holds."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """`strength` times the update in `folder`: 1 as trained, 0 none of it, below 0 away from it."""
+
+    folder: Path
+    strength: float = 1.0
 
 
 def load_target(
@@ -64,8 +75,7 @@ def load_target(
             raise UserError(f"{folder} is not there, the run is not finished; {hint}")
         num_steps = num_steps or config.eval.num_steps
         if guidance_scale is None:
-            guidance_scale = config.eval.guidance_scale
-            guidance_scale = config.sampler.guidance_scale if guidance_scale is None else guidance_scale
+            guidance_scale = deploy_guidance(config)
         seed = config.eval.seed if seed is None else seed
     else:
         model_config = ModelConfig(path=target, precision="bf16" if device == "cuda" else "fp32")
@@ -80,6 +90,7 @@ def load_target(
         1.0 if guidance_scale is None else guidance_scale,
         seed if seed is not None else 0,
         config,
+        {folder.resolve(): "tuned"} if folder is not None else {},
     )
 
 
@@ -119,24 +130,29 @@ def compare(
     *,
     keep: int,
     batch_size: int = 16,
-    adapters: Mapping[str, Path] | None = None,
+    adapters: Mapping[str, Sequence[Share]],
 ) -> dict[str, Evaluation]:
-    """Evaluations of {base, tuned} (only {base} without an adapter) on the same prompts and noise.
+    """Evaluations of the base and of each of `adapters` (label -> what is added up) on the same prompts and noise.
 
-    `adapters`: label -> folder, evaluated instead of the one of `setup`. They are loaded into the one pipeline one
-    after another, and the last stays there.
+    An adapter is loaded once, and weights that are the same are evaluated once. The pipeline keeps those of the last.
+    Raises: UserError if an adapter does not fit the model.
     """
-    if adapters is None:
-        adapters = {} if setup.adapter is None else {"tuned": setup.adapter}
-    found = {}
+    weights = {label: _strengths(shares) for label, shares in {"base": (), **adapters}.items()}
+    _load(setup, [folder for strengths in weights.values() for folder in strengths])
+    found: dict[str, Evaluation] = {}
     accelerator = Accelerator()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        tasks = {
-            label: bar.add_task(f"{label}: sampling and scoring", total=len(prompts)) for label in ["base", *adapters]
-        }
+        tasks = {label: bar.add_task(f"{label}: sampling and scoring", total=len(prompts)) for label in weights}
         for label, task in tasks.items():
-            if label in adapters:
-                _use_adapter(setup, adapters[label])
+            strengths = weights[label]
+            same = next((other for other in found if weights[other] == strengths), None)
+            if same is not None:
+                found[label] = found[same]
+                bar.update(task, completed=len(prompts))
+                continue
+            if strengths:
+                names = [setup.loaded[folder] for folder in strengths]
+                setup.model.pipe.set_adapters(names, adapter_weights=list(strengths.values()))
             found[label] = evaluate(
                 setup.model,
                 rewards,
@@ -147,15 +163,30 @@ def compare(
                 seed=setup.seed,
                 batch_size=batch_size,
                 keep_images=keep,
-                weights=contextlib.nullcontext() if label in adapters else setup.model.reference(),
+                weights=contextlib.nullcontext() if strengths else setup.model.reference(),
                 progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
             )
     return found
 
 
-def _use_adapter(setup: Setup, folder: Path) -> None:
-    """Put the adapter of `folder` into the pipeline in place of what it carries."""
-    if folder != setup.adapter:
-        setup.model.pipe.unload_lora_weights()
-        setup.model.load_adapter(folder)
-        setup.adapter = folder
+def _strengths(shares: Sequence[Share]) -> dict[Path, float]:
+    """Resolved folder -> its total strength, without those of 0; in an order that does not depend on that of `shares`."""
+    total: dict[Path, float] = {}
+    for share in shares:
+        folder = share.folder.resolve()
+        total[folder] = total.get(folder, 0.0) + share.strength
+    return {folder: total[folder] for folder in sorted(total) if total[folder]}
+
+
+def _load(setup: Setup, folders: Sequence[Path]) -> None:
+    """Load what of `folders` is not in the pipeline yet, each under a name of its own."""
+    pipe, denoiser = setup.model.pipe, setup.model.denoiser_name
+    for folder in folders:
+        if folder not in setup.loaded:
+            name = f"adapter{len(setup.loaded)}"
+            setup.model.load_adapter(folder, name=name)
+            setup.loaded[folder] = name
+    for folder, name in setup.loaded.items():
+        parts = [part for part, names in pipe.get_list_adapters().items() if name in names and part != denoiser]
+        if parts:  # the prompts are embedded once for all columns
+            raise UserError(f"adapter: {folder} also changes the {parts[0]}; only adapters of the {denoiser} compare")

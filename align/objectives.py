@@ -1,9 +1,10 @@
 """Objectives: stored samples and advantages become a loss per element.
 
-Three kinds. `clipped_ratio` scores stored stochastic steps again and pushes their likelihood ratio (Flow-GRPO, arXiv
+Four kinds. `clipped_ratio` scores stored stochastic steps again and pushes their likelihood ratio (Flow-GRPO, arXiv
 2505.05470; DanceGRPO, 2505.07818); its KL forms are those of `samplers.kernels`. `forward_process` re-noises finished
 images and matches velocities, no trajectory needed (DiffusionNFT, 2509.16117). `reward_difference` compares whole
-trajectories of a prompt (PRDP, 2402.08714; in `align.reward_difference`). All functions are pure, work in float32
+trajectories of a prompt (PRDP, 2402.08714; in `align.reward_difference`). `reward_gradient` differentiates the reward
+through the sampler (`align.backprop_loop`) and has settings of its own, `backprop` and `loss`. All functions are pure, work in float32
 (float64 if given float64) and return losses of shape (B,) with detached diagnostics.
 
 Notation: x_t = (1 - t) x_0 + t noise, t = 1 is pure noise, velocity target v = noise - x_0, mean(.) over all but the
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from align.reward_difference import StepReduction
 
-ObjectiveType = Literal["clipped_ratio", "forward_process", "reward_difference"]
+ObjectiveType = Literal["clipped_ratio", "forward_process", "reward_difference", "reward_gradient"]
 KlForm = Literal["exact_mean", "flow_grpo_code", "velocity_mse"]
 RatioRepair = Literal["off", "guard"]
 LossSpace = Literal["x0_adaptive", "v"]
@@ -40,8 +41,9 @@ class ObjectiveConfig:
     """What is minimised. Fields of the other type must stay at their defaults, so that none is silently ignored."""
 
     type: ObjectiveType = "clipped_ratio"
-    """"clipped_ratio" (policy gradient on stored steps), "forward_process" (velocity matching on finished images) or
-    "reward_difference" (regression on pairs of trajectories)."""
+    """"clipped_ratio" (policy gradient on stored steps), "forward_process" (velocity matching on finished images),
+    "reward_difference" (regression on pairs of trajectories) or "reward_gradient" (a differentiable reward's gradient
+    through the sampler; see `backprop` and `loss`)."""
 
     clip_range: float = 1e-4
     """clipped_ratio: half width of the clip; scale it as 1 / latent size (flow_sde 1e-4, cps 1e-5; 2505.05470)."""

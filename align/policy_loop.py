@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 
 import torch
 from torch import Tensor
 
 from align.collect import Batch, Report, collect, passes, score_values
-from align.errors import UserError
 from align.geometry import local_order
 from align.paired import PairedTrajectories
 from align.prompts import Prompt
 from align.run import Run
+from align.step import Interrupted, now, optimizer_step
 from align.targets import Targets, prompt_ids, targets
 from align.updates import (
     Pairs,
@@ -29,16 +28,12 @@ from align.updates import (
 )
 
 
-class Interrupted(Exception):
-    """Asked to stop (SIGTERM) before this iteration changed any weight."""
-
-
 def run_iteration(run: Run, report: Report) -> dict[str, float]:
     """One round; returns its metrics. `report(stage, done, total)` is called as it goes.
 
     Raises: Interrupted before any weight changed; UserError for a broken reward or a diverged run.
     """
-    started = _now(run)
+    started = now(run)
     iteration = run.counters.iteration
     prompts = _prompts(run, iteration)
     order = local_order(run.shape, run.accelerator.process_index, run.config.train.seed, iteration)
@@ -51,10 +46,10 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
         report,
         with_values=run.config.credit.needs_values,
     )
-    sampled = _now(run)
+    sampled = now(run)
     scores = score_values(run, prompts, batch, run.shape.samples, report)
     batch.completions.clear()  # they were there to be scored
-    scored = _now(run)
+    scored = now(run)
     if run.stop_requested():
         raise Interrupted
     evaluations = run.total(batch.nfe)
@@ -65,7 +60,7 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
     if found is not None:
         batch, sizes = _kept(run, batch, found, order)
         metrics |= _update(run, batch, found, sizes, report)
-    finished = _now(run)
+    finished = now(run)
     run.counters.iteration += 1
     run.counters.seconds += finished - started
     metrics |= {
@@ -76,12 +71,6 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
         "time/train": finished - scored,
     }
     return metrics
-
-
-def _now(run: Run) -> float:
-    if run.model.device.type == "cuda":
-        torch.cuda.synchronize()  # three times an iteration, so that each stage is charged with its own work
-    return time.perf_counter()
 
 
 def _prompts(run: Run, iteration: int) -> list[Prompt]:
@@ -137,7 +126,7 @@ def _update(run: Run, batch: Batch, found: Targets, sizes: list[int], report: Re
                 report("training", int(sums["pairs"]), sum(sizes) * width * config.train.inner_epochs)
             if run.counters.updates == run.counters.empty_updates and not forward_process:
                 check_first_ratio(run, sums["worst_ratio"])
-            norms.append(_step(run))
+            norms.append(optimizer_step(run))
     if trajectories is not None:
         sums["nfe"] += trajectories.forwards * guided
     if run.old is not None:
@@ -153,40 +142,6 @@ def _add_up(sums: dict[str, float], loss: Tensor, info: dict[str, Tensor], pairs
     if "ratio" in info:
         worst = float((info["ratio"] - 1).abs().max())
         sums["worst_ratio"] = worst if not worst <= sums["worst_ratio"] else sums["worst_ratio"]  # a NaN stays
-
-
-def _step(run: Run) -> float:
-    """Average gradients over processes, clip, step and advance the averages; a non-finite gradient is skipped and counted."""
-    accelerator, counters = run.accelerator, run.counters
-    if accelerator.scaler is not None:  # it wants to have scaled something, also on a process without a sample
-        accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
-    for parameter in run.parameters:
-        if parameter.grad is None:  # unused, or this process has no sample in the update
-            parameter.grad = torch.zeros_like(parameter)
-    if accelerator.num_processes > 1:
-        flat = torch.cat([p.grad.flatten() for p in run.parameters])  # type: ignore[union-attr]
-        flat = accelerator.reduce(flat, reduction="mean")
-        for parameter, piece in zip(run.parameters, flat.split([p.numel() for p in run.parameters]), strict=True):
-            parameter.grad = piece.view_as(parameter)
-    for group in run.optimizer.param_groups:
-        group["lr"] = run.learning_rate()
-    norm = float(accelerator.clip_grad_norm_(run.parameters, run.config.optim.max_grad_norm))
-    if math.isfinite(norm) or accelerator.scaler is not None:  # a scaler skips the step itself and lowers its scale
-        run.optimizer.step()
-    counters.updates += 1
-    if not math.isfinite(norm):
-        counters.skipped_updates += 1
-        counters.consecutive_bad += 1
-        run.warn_once("nonfinite", "a non-finite gradient was skipped; see train/skipped_updates")
-        if counters.consecutive_bad >= 5:
-            raise UserError(
-                "five updates in a row had a non-finite gradient: lower optim.lr, or use model.precision=fp32"
-            )
-        return float("nan")
-    counters.consecutive_bad = 0
-    if run.average is not None and counters.updates % run.config.optim.ema_every == 0:
-        run.average.update()
-    return norm
 
 
 _NAMES = {

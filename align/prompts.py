@@ -21,6 +21,8 @@ class Prompt:
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    image: str | None = None
+    """File of a real image of the prompt, for methods that start from one."""
 
 
 def load_prompts(source: str) -> list[Prompt]:
@@ -63,11 +65,16 @@ def _parse_json(line: str, where: str) -> Prompt:
     except json.JSONDecodeError as problem:
         raise UserError(f"prompts: {where}: not JSON: {problem.msg}") from problem
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(f'prompts: {where}: expected {{"prompt": "text", "metadata": {{...}}}}')
+        raise UserError(f'prompts: {where}: expected {{"prompt": "text", "metadata": {{...}}, "image": "file"}}')
     metadata = row.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise UserError(f"prompts: {where}: metadata must be a mapping")
-    return Prompt(row["prompt"], metadata)
+    image = row.get("image")
+    if image is None:
+        return Prompt(row["prompt"], metadata)
+    if not isinstance(image, str):
+        raise UserError(f"prompts: {where}: image must be the name of a file, got {image!r}")
+    return Prompt(row["prompt"], metadata, str(Path(where.rpartition(":")[0]).parent / image))
 
 
 def prompt_indices(total: int, count: int, iteration: int, seed: int) -> list[int]:

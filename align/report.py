@@ -244,7 +244,9 @@ def progress_text(run: RunFolder, config: Mapping[str, Any]) -> str:
     """Where the run stands, in one phrase."""
     planned, done = number_of(_mapping(config.get("train")).get("iterations")), iterations_done(run)
     if run.summary is not None:
-        return _iterations(done) if math.isfinite(done) else ""
+        best = number_of(run.summary.get("best_iteration"))
+        kept = f", the result is that of iteration {best:.0f}" if math.isfinite(best) else ""
+        return _iterations(done) + kept if math.isfinite(done) else ""
     return f"{done:.0f} of {_iterations(planned)}" if math.isfinite(planned) else f"{_iterations(done)} so far"
 
 

@@ -33,6 +33,11 @@ FURTHER = {
     "train/norm_ratio": ("Velocity norm", "relative to the reference"),
     "train/loss_plus": ("Loss, positive branch", "towards what scored well"),
     "train/loss_minus": ("Loss, negative branch", "away from what scored badly"),
+    "train/active_steps": ("Active steps", "differentiated network calls of one image"),
+    "train/adjoint_norm": ("Gradient at the image", "norm at the final latent, mean over images"),
+    "train/adjoint_growth": ("Growth of the gradient", "norm at the earliest active step over that at the image"),
+    "train/saturated_fraction": ("Saturated pixels", "share of values outside [0, 1] before the clamp"),
+    "train/uncond_drift": ("Drift of the empty prompt", "relative to the base's prediction"),
     "train/old_decay": ("Old policy's decay", "0: it equals the live one"),
     "sample/nfe_per_image": ("Evaluations per image", "of the network while sampling, completions included"),
 }

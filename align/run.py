@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,13 +23,16 @@ from torch import Tensor
 
 from align import checkpoint
 from align.config import Config, to_yaml
+from align.early_stop import Watch, make_watch
 from align.errors import UserError
 from align.geometry import Geometry, geometry
 from align.history import Past
 from align.models.base import ImageModel, load_model
 from align.objectives import old_policy_decay
 from align.prompts import Prompt, load_prompts, prompt_indices
-from align.schema import flattened
+from align.real_images import check_images
+from align.resume import changed_keys
+from align.reward_loss import check_differentiable, enable_checkpointing
 from align.tracking import Tracker, write_json
 from align.weights import WeightAverage
 from rewards.base import Reward
@@ -89,6 +93,8 @@ class Run:
     warned: set[str] = field(default_factory=set)
     history: Past = field(default_factory=dict)
     """Rewards that each training prompt earned (`advantage.baseline: history`)."""
+    watch: Watch | None = None
+    """Evaluations of the watched reward and the best weights (`early_stop.reward`)."""
     rows_that_fit: int | None = None
     """Rows of one network call without gradient, once measured (`completions.chunk: auto`)."""
 
@@ -108,6 +114,27 @@ class Run:
     def main(self) -> bool:
         """Whether this process reports and writes."""
         return bool(self.accelerator.is_main_process)
+
+    @property
+    def best(self) -> int | None:
+        """Iterations done at the best evaluation of the watched reward; None without early stop, or before there is one."""
+        return self.watch.verdict.best if self.watch is not None else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the watched reward has ended the run before its last iteration."""
+        early = self.counters.iteration < self.config.train.iterations
+        return early and self.watch is not None and self.watch.stopped
+
+    def evaluated(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the network has the weights that are evaluated during the run: the average's, if it has one."""
+        return self.average.applied() if self.average is not None else contextlib.nullcontext()
+
+    def result(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the network has the weights the run ends with: those of the best evaluation, or else the last ones."""
+        if self.watch is None or self.best is None:
+            return self.evaluated()
+        return self.watch.weights.applied()
 
     def warn_once(self, key: str, text: str) -> None:
         """Print a warning the first time `key` comes up."""
@@ -151,6 +178,9 @@ class Run:
             if average is not None:
                 tensors |= {f"{name}.{i}": p for i, p in enumerate(average.shadow_params)}
                 state["averages"][name] = average.optimization_step
+        if self.watch is not None:
+            best, state["early_stop"] = self.watch.state()
+            tensors |= best
         tensors |= checkpoint.optimizer_tensors(self.optimizer)
         scaler = self.accelerator.scaler
         state["scaler"] = scaler.state_dict() if scaler is not None else None
@@ -189,6 +219,11 @@ class Run:
         # rewards of another run may be of other prompts, or of another scale
         if _belongs(folder, self.config.run_dir):
             self.history = {int(p): [(int(i), float(r)) for i, r in e] for p, e in state.get("history", {}).items()}
+            watched = state.get("early_stop")
+            if self.watch is not None and watched and not self.watch.restore(tensors, watched):
+                self.console.print(
+                    "early_stop: evaluated in another way than before, so its best and its count begin anew"
+                )
 
     def _fits(self, tensors: dict[str, Tensor]) -> bool:
         sources: dict[str, Sequence[Tensor]] = {"param": self.parameters}
@@ -214,6 +249,7 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     shape = geometry(config, accelerator.num_processes)
     train_prompts, eval_prompts = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
     rewards = build_rewards(config, accelerator.device)
+    check_gradients(config, rewards, train_prompts)
     for name, reward in rewards.items():
         if reward.kind == "groupwise" and accelerator.num_processes > 1:
             raise UserError(f"reward '{name}' compares whole groups, which several processes share: use one process")
@@ -229,6 +265,8 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     model.guidance_scale = config.sampler.guidance_scale
     parameters = model.add_lora(config.train.seed)
     model.finish_setup()
+    if config.objective.type == "reward_gradient" and config.loss.checkpointing:
+        enable_checkpointing(model, {name: rewards[name] for name in config.rewards}, config.rewards)
     optim = config.optim
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, eps=optim.eps
@@ -251,6 +289,7 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
         kernel=config.sampler.kernel,
         noise_levels=torch.full((config.sampler.num_steps,), config.sampler.noise_level, dtype=torch.float64),
         shape=shape,
+        watch=make_watch(config.early_stop, config.eval, deploy_guidance(config), len(eval_prompts), parameters),
     )
     if folder is not None:
         run.restore(folder)
@@ -261,7 +300,9 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
         "logs", config={"config": to_yaml(config)} if "tensorboard" not in config.trackers else None
     )
     done = run.counters.iteration
-    run.tracker = Tracker(config.run_dir, accelerator, done, complete=done >= config.train.iterations)
+    # the final evaluation writes its row again, unless it is of other weights than the last iteration's
+    complete = done >= config.train.iterations and run.best is None
+    run.tracker = Tracker(config.run_dir, accelerator, done, complete=complete)
     _stop_on_signal(run)
     return run
 
@@ -300,6 +341,15 @@ def cache_prompts(model: ImageModel, prompts: Sequence[str], console: Console) -
         model.cache_prompts(prompts, progress=lambda n, total: bar.update(task, advance=n, total=total))
 
 
+def check_gradients(config: Config, rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
+    """Raises: UserError if reward_gradient cannot differentiate a reward, or lacks the real images it starts from."""
+    if config.objective.type != "reward_gradient":
+        return
+    check_differentiable({name: rewards[name] for name in config.rewards}, config.rewards)
+    if config.backprop.partial_tau is not None:
+        check_images(prompts)
+
+
 def build_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
     """Trained and measured-only rewards by name, ready to score on `device`."""
     rewards = {}
@@ -315,37 +365,13 @@ def write_run_files(config: Config, accelerator: Accelerator, resumed: bool) -> 
     run_dir.mkdir(parents=True, exist_ok=True)
     text, path = to_yaml(config), run_dir / "config.yaml"
     if resumed and path.is_file():
-        changed = _changed_keys(path.read_text(encoding="utf-8"), text)
+        changed = changed_keys(path.read_text(encoding="utf-8"), text)
         if changed:
             raise UserError(
                 f"{run_dir} was started with other settings ({', '.join(changed)}); choose another name=..., or restore them"
             )
     path.write_text(text, encoding="utf-8")
     write_json(run_dir / "environment.json", environment(accelerator))
-
-
-_MAY_CHANGE = (
-    "name",
-    "output_dir",
-    "train.iterations",
-    "train.micro_batch",
-    "train.rollout_batch",
-    "completions.chunk",
-    "eval",
-    "checkpoint",
-    "trackers",
-    "preset",
-)
-
-
-def _changed_keys(before: str, after: str) -> list[str]:
-    from omegaconf import OmegaConf
-
-    texts = (to_yaml(Config()), before, after)
-    plain, old, new = (flattened(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)  # type: ignore[arg-type]
-    old, new = plain | old, plain | new  # an older version did not know every setting
-    differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    return [k for k in differing if not any(k == m or k.startswith(f"{m}.") for m in _MAY_CHANGE)]
 
 
 def environment(accelerator: Accelerator | None = None) -> dict[str, Any]:
@@ -400,6 +426,12 @@ def _old_policy(config: Config, parameters: Sequence[torch.nn.Parameter]) -> Wei
         return None
     start_at, slope, most = objective.old_decay_start, objective.old_decay_slope, objective.old_decay_max
     return WeightAverage(parameters, decay_of=lambda n: old_policy_decay(n, start_at, slope, most))
+
+
+def deploy_guidance(config: Config) -> float:
+    """Guidance of evaluations."""
+    guidance = config.eval.guidance_scale
+    return config.sampler.guidance_scale if guidance is None else guidance
 
 
 def _stop_on_signal(run: Run) -> None:

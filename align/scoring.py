@@ -30,17 +30,22 @@ class Scores:
         return float(values[valid].double().mean())
 
 
-def score_local(
-    rewards: dict[str, Reward], images: Tensor, prompts: Sequence[Prompt], group_ids: Sequence[int], step: int
-) -> dict[str, Tensor]:
-    """Raw scores (B,) float32 on the CPU per reward, NaN where missing, for this process's images (B, 3, H, W)."""
-    batch = RewardBatch(
+def reward_batch(images: Tensor, prompts: Sequence[Prompt], group_ids: Sequence[int], step: int) -> RewardBatch:
+    """What a reward is given of images (B, 3, H, W), their prompts and their groups (B)."""
+    return RewardBatch(
         images=images,
         prompts=[p.text for p in prompts],
         metadata=[p.metadata for p in prompts],
         group_ids=torch.tensor(list(group_ids), device=images.device),
         step=step,
     )
+
+
+def score_local(
+    rewards: dict[str, Reward], images: Tensor, prompts: Sequence[Prompt], group_ids: Sequence[int], step: int
+) -> dict[str, Tensor]:
+    """Raw scores (B,) float32 on the CPU per reward, NaN where missing, for this process's images (B, 3, H, W)."""
+    batch = reward_batch(images, prompts, group_ids, step)
     scores = {}
     for name, reward in rewards.items():
         with torch.no_grad():
@@ -56,12 +61,13 @@ def gather_scores(
     index: Sequence[int],
     total: int,
     shape: tuple[int, ...] = (),
+    required: bool = True,
 ) -> Scores:
     """One collective: place each process's scores at its global sample indices.
 
     `local` has (n, *shape) scores, NaN where missing, or is the error this process met: it travels with the scores, so
     that all processes stop together (UserError) instead of waiting for each other. So they do if a reward has no score
-    at all.
+    at all, unless scores are not `required`, as of a few images.
     """
     table = torch.zeros(2 * len(names) + 1, total, *shape, dtype=torch.float64)
     if isinstance(local, RewardError):
@@ -77,7 +83,7 @@ def gather_scores(
     values = {name: table[2 * row].float() for row, name in enumerate(names)}
     known = {name: table[2 * row + 1] > 0 for row, name in enumerate(names)}
     for name in names:
-        if total and not bool(known[name].any()):
+        if required and total and not bool(known[name].any()):
             raise UserError(f"reward '{name}' has no score for any of {total} images (all NaN): repair the reward")
     return Scores({k: v.masked_fill(~known[k], float("nan")) for k, v in values.items()}, known)
 

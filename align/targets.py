@@ -46,7 +46,7 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
     config = run.config
     weights = {name: reward.weight for name, reward in config.rewards.items()}
     values, valid = combine(scores.values, scores.valid, weights)
-    if not _enough(run, valid, metrics):
+    if not enough_scores(run, valid, metrics):
         return None
     final, known = values[:, -1], valid[:, -1]
     present = final[known].double()
@@ -75,7 +75,8 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
     return Targets(advantages, kept, final)
 
 
-def _enough(run: Run, valid: Tensor, metrics: dict[str, float]) -> bool:
+def enough_scores(run: Run, valid: Tensor, metrics: dict[str, float]) -> bool:
+    """Whether an iteration with scores `valid` can be learnt from; counts those that cannot, and stops after three."""
     config = run.config
     missing = 1 - float(valid.double().mean())
     metrics["reward/invalid_fraction"] = missing

@@ -20,17 +20,19 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from align.calibrate import apply_psi
 from align.checkpoint import export_adapter
-from align.config import Config, load_config, to_yaml, without_effect
+from align.config import Config, load_config, to_yaml
+from align.config_checks import without_effect
 from align.errors import UserError
 from align.evaluate import Evaluation, evaluate, half_width, paired_interval
 from align.geometry import geometry, geometry_table, memory_estimate
 from align.grids import as_image, comparison_grid, save_png
 from align.launch import follow_launcher, spread_over_cpus
-from align.policy_loop import Interrupted, run_iteration
+from align.loops import iteration_of
 from align.prompts import load_prompts
 from align.report import write_report
-from align.run import Run, restore_rng, rng_state, start
+from align.run import Run, check_gradients, deploy_guidance, restore_rng, rng_state, start
 from align.scoring import Scores
+from align.step import Interrupted
 from align.tracking import write_json
 from rewards.base import RewardError
 from rewards.registry import build_reward
@@ -75,8 +77,8 @@ def readable_errors(console: Console, debug: bool) -> Iterator[None]:
 def print_plan(config: Config, console: Console) -> None:
     """What `--dry-run` shows: resolved config, batch geometry, parameters and memory. Raises: as `train` would."""
     trained, held_out = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
-    for name, reward in {**config.rewards, **config.eval_rewards}.items():
-        build_reward(name, reward)
+    rewards = {name: build_reward(name, r) for name, r in {**config.rewards, **config.eval_rewards}.items()}
+    check_gradients(config, rewards, trained)
     console.print(to_yaml(config), markup=False, highlight=False)
     console.print(f"{len(trained):,} training prompts, {min(len(held_out), config.eval.prompts):,} for evaluation")
     console.print(geometry_table(config, geometry(config, 1)))
@@ -105,10 +107,11 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
     console.print(geometry_table(config, run.shape))
     _print_notes(config, console)
     base = _evaluate_base(run)
+    _watch_base(run, base)
     apply_psi(run)
     with _progress(console) as bar:
         task = bar.add_task("iteration", total=config.train.iterations, completed=run.counters.iteration, stage="")
-        while run.counters.iteration < config.train.iterations:
+        while run.counters.iteration < config.train.iterations and not run.stopped:
             if run.stop_requested() or not _one_iteration(run, bar, task):
                 run.save()
                 console.print(
@@ -117,13 +120,47 @@ def train(config: Config, console: Console) -> dict[str, Any] | None:
                 run.accelerator.end_training()
                 return None
             done, last = run.counters.iteration, run.counters.iteration == config.train.iterations
-            if config.eval.every and done % config.eval.every == 0 and not last:
-                _evaluate_tuned(run, config.eval.during, bar, task)
-            if last or done % config.checkpoint.every == 0:
+            # the end has an evaluation of its own, but it may be of other weights than the last iteration's
+            due = run.watch is not None if last else config.eval.every > 0 and done % config.eval.every == 0
+            if due:
+                _evaluate_during(run, bar, task)
+            if last or run.stopped or done % config.checkpoint.every == 0:
                 run.save()
     summary = finish(run, base)
     run.accelerator.end_training()
     return summary
+
+
+def _watch_base(run: Run, base: Evaluation) -> None:
+    """Begin the record of the watched reward, or say of a continued run that it had stopped early."""
+    watch = run.watch
+    if watch is not None and not watch.means:
+        watch.add(0, _watched_mean(run, base))
+    if watch is not None and run.stopped:
+        _say(run, f"nothing to train: the run stopped early, at iteration {run.counters.iteration}: {watch.reason()}")
+
+
+def _evaluate_during(run: Run, bar: Progress, task: Any) -> None:
+    """An evaluation during the run, which may end it."""
+    config, done, watch = run.config, run.counters.iteration, run.watch
+    tuned = _evaluate_tuned(run, config.eval.during, run.evaluated(), bar, task)
+    _log_evaluation(run, tuned, config.eval.during)
+    if watch is None:
+        return
+    with run.evaluated():
+        watch.add(done, _watched_mean(run, tuned))
+    if run.stopped:
+        _say(run, f"stopped at iteration {done}: {watch.reason()}")
+
+
+def _say(run: Run, line: str) -> None:
+    run.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _watched_mean(run: Run, evaluation: Evaluation) -> float:
+    """Mean of the watched reward, the same on all processes; NaN without any score."""
+    scores = evaluation.scores.values[run.config.early_stop.reward or ""]
+    return float(scores[: run.config.eval.during].double().nanmean())
 
 
 def _one_iteration(run: Run, bar: Progress, task: Any) -> bool:
@@ -132,7 +169,7 @@ def _one_iteration(run: Run, bar: Progress, task: Any) -> bool:
 
     index, before = run.counters.iteration, rng_state()
     try:
-        metrics = run_iteration(run, report)
+        metrics = iteration_of(run.config)(run, report)
     except Interrupted:
         restore_rng(before)  # the iteration will be done again
         return False
@@ -166,7 +203,7 @@ def _evaluate(run: Run, count: int, keep: int, weights: Any, on_progress: Any = 
         run.eval_prompts[:count],
         run.accelerator,
         num_steps=config.eval.num_steps,
-        guidance_scale=_deploy_guidance(run),
+        guidance_scale=deploy_guidance(config),
         seed=config.eval.seed,
         batch_size=config.train.rollout_batch,
         keep_images=keep,
@@ -212,7 +249,7 @@ def _stored_base(run: Run) -> Evaluation | None:
     except (OSError, RuntimeError, json.JSONDecodeError):
         return None  # damaged files: the base is evaluated again
     same = {"prompts": [p.text for p in run.eval_prompts], "num_steps": config.num_steps, "seed": config.seed}
-    same["guidance_scale"] = _deploy_guidance(run)
+    same["guidance_scale"] = deploy_guidance(run.config)
     if any(data.get(k) != v for k, v in same.items()) or set(data["scores"]) != set(run.rewards):
         return None
     values = {k: torch.tensor([float("nan") if x is None else x for x in v]) for k, v in data["scores"].items()}
@@ -220,21 +257,12 @@ def _stored_base(run: Run) -> Evaluation | None:
     return Evaluation(run.eval_prompts, scores, images, config.num_steps, data["guidance_scale"], config.seed)
 
 
-def _deploy_guidance(run: Run) -> float:
-    guidance = run.config.eval.guidance_scale
-    return run.config.sampler.guidance_scale if guidance is None else guidance
-
-
-def _evaluate_tuned(run: Run, count: int, bar: Progress | None = None, task: Any = None) -> Evaluation:
+def _evaluate_tuned(run: Run, count: int, weights: Any, bar: Progress, task: Any) -> Evaluation:
     def on_progress(done: int, total: int) -> None:
-        if bar is not None:
-            bar.update(task, stage=f"evaluating {done}/{total}")
+        bar.update(task, stage=f"evaluating {done}/{total}")
 
-    weights = run.average.applied() if run.average is not None else None
     keep = run.config.eval.grid_prompts if count >= len(run.eval_prompts) else 0
-    tuned = _evaluate(run, count, keep, weights, on_progress)
-    _log_evaluation(run, tuned, run.config.eval.during)
-    return tuned
+    return _evaluate(run, count, keep, weights, on_progress)
 
 
 def _log_evaluation(run: Run, evaluation: Evaluation, count: int) -> None:
@@ -250,13 +278,17 @@ def _log_evaluation(run: Run, evaluation: Evaluation, count: int) -> None:
 def finish(run: Run, base: Evaluation) -> dict[str, Any]:
     """Final evaluation, adapter, grid, report and summary.json of a completed run."""
     config, folder = run.config, run.config.run_dir
+    if run.watch is not None and run.best is not None:
+        _say(run, f"the result is that of iteration {run.best}, {run.watch.choice()}")
     with _progress(run.console) as bar:
         task = bar.add_task("evaluating the tuned model", total=None, stage="")
-        tuned = _evaluate_tuned(run, len(run.eval_prompts), bar, task)
+        tuned = _evaluate_tuned(run, len(run.eval_prompts), run.result(), bar, task)
+    if run.best is None:  # rows are of the iteration's own weights
+        _log_evaluation(run, tuned, config.eval.during)
     summary: dict[str, Any] = {}
     if run.main:
         write_json(folder / "eval" / "tuned.json", tuned.to_json())
-        with run.average.applied() if run.average is not None else contextlib.nullcontext():
+        with run.result():
             adapter = export_adapter(run.model, folder / "adapter")
         grid = save_comparison(
             folder / "grids" / "base_vs_tuned.png", {"base": base, "tuned": tuned}, config.eval.grid_prompts
@@ -275,6 +307,8 @@ def finish(run: Run, base: Evaluation) -> dict[str, Any]:
             "grid": str(grid),
             "report": str(folder / "report.html"),
         }
+        if run.best is not None:
+            summary["best_iteration"] = run.best
         write_json(folder / "summary.json", summary)
         write_report(folder)
         print_summary(summary, len(run.eval_prompts), run.console)

@@ -150,10 +150,11 @@ def command_line(
     run: Callable[[list[str], list[int], Path], None],
     add: Callable[[str, int, Path], None],
     show: Callable[[], None],
+    more: Mapping[str, Callable[[list[str], list[int], Path], None]] | None = None,
 ) -> None:
-    """run, add and show, with --methods, --seeds and --scratch (`scratch` if not given)."""
+    """run, add, show and `more`, with --methods, --seeds and --scratch (`scratch` if not given)."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "show", "add"])
+    parser.add_argument("action", choices=["run", "show", "add", *(more or {})])
     parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scratch", type=Path, default=scratch)
@@ -165,8 +166,10 @@ def command_line(
         for method in arguments.methods:
             for seed in arguments.seeds:
                 add(method, seed, folder / f"{method}-{seed}")
-    else:
+    elif arguments.action == "show":
         show()
+    else:
+        (more or {})[arguments.action](arguments.methods, arguments.seeds, folder)
 
 
 def place(page: Path, text: str, mark: str = "results") -> None:
@@ -218,7 +221,7 @@ def draw(
     for axis, (key, label) in zip(axes[-1], costs.items(), strict=True):
         axis.set_xlabel(label + " (thousands)" * (key == "nfe"))
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=min(5, len(labels)))
+    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=min(5, 2 * len(costs), len(labels)))
     figure_path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(figure_path, dpi=110)
     plt.close(figure)

@@ -99,6 +99,12 @@ class Reward:
     def setup(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load what scoring needs onto `device`; `dtype` is the precision of networks, scores stay float32."""
 
+    def enable_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, where the network can.
+
+        Called after `setup` by a run that differentiates; scores and gradients stay the same.
+        """
+
     def score(self, batch: RewardBatch) -> RewardOutput:
         """Judge every image of the batch. A sample that cannot be judged gets NaN, never 0 and never an exception."""
         raise NotImplementedError(f"{type(self).__name__} must define score(batch)")

@@ -66,6 +66,10 @@ class CLIPScore(Reward):
         self._dtype = dtype
         self._texts.clear()
 
+    def enable_checkpointing(self) -> None:
+        # Only the image tower: prompts are embedded without gradient. A tower that cannot ignores it.
+        self._loaded().model.visual.set_grad_checkpointing(True)
+
     def score(self, batch: RewardBatch) -> RewardOutput:
         return RewardOutput(self.similarity(batch.images, batch.prompts).float())
 

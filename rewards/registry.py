@@ -22,9 +22,19 @@ ENTRY_POINT_GROUP = "align.rewards"
 
 # Targets are strings, so that naming a reward imports nothing.
 _REGISTERED = {
+    "aesthetic": "rewards.aesthetic:AestheticScore",
+    "aesthetic_v25": "rewards.aesthetic:AestheticV25",
     "brightness": "rewards.debug:BrightnessReward",
+    "cached": "rewards.cache:CachedReward",
     "clip": "rewards.clip:CLIPScore",
+    "geneval": "rewards.geneval:GenEvalReward",
+    "hps": "rewards.hps:HPSv2",
+    "imagereward": "rewards.imagereward:ImageReward",
     "jpeg": "rewards.jpeg:JPEGReward",
+    "judge": "rewards.judge:JudgeReward",
+    "ocr": "rewards.ocr:OCRReward",
+    "pickscore": "rewards.pickscore:PickScore",
+    "remote": "rewards.remote:RemoteReward",
 }
 
 

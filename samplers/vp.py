@@ -64,7 +64,14 @@ def vp_grid(timesteps: Sequence[int], table: Tensor, end: float) -> Tensor:
 
 
 def velocity_from(output: Tensor, x: Tensor, t: Tensor, prediction: str) -> Tensor:
-    """Velocity (B, ...) float32 from a network's `output` at x (B, ...) in flow coordinates, t (B,).
+    """Velocity (B, ...) float32 from a network's `output` at x (B, ...) in flow coordinates, t (B,)."""
+    on_output, on_x = velocity_coefficients(t, prediction)
+    shape = (-1,) + (1,) * (x.dim() - 1)
+    return on_output.view(shape) * output.float() + on_x.view(shape) * x.float()
+
+
+def velocity_coefficients(t: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """Factors (B,) float32 of the network's output and of x in the velocity at t (B,).
 
     prediction, with alpha = (1 - t) / n and sigma = t / n: "epsilon" is the noise, so v = (output - x) / (1 - t), infinite at
     t = 1; "v_prediction" is alpha noise - sigma data (arXiv 2202.00512), so v = (output + (2 t - 1) x / n) / n, finite
@@ -82,5 +89,4 @@ def velocity_from(output: Tensor, x: Tensor, t: Tensor, prediction: str) -> Tens
         on_output = -on_x
     else:
         raise ValueError(f"unknown prediction type {prediction!r}; choose one of {', '.join(PREDICTIONS)}")
-    shape = (-1,) + (1,) * (x.dim() - 1)
-    return on_output.float().view(shape) * output.float() + on_x.float().view(shape) * x.float()
+    return on_output.float(), on_x.float()

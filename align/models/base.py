@@ -20,6 +20,7 @@ from samplers.grids import make_grid
 _PLAYGROUND = Path(__file__).parent.parent / "playground"
 SHIPPED = {"playground": _PLAYGROUND / "weights", "playground-unet": _PLAYGROUND / "unet_weights"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Clamp = Literal["hard", "straight_through"]
 
 
 @dataclass
@@ -194,6 +195,10 @@ class ImageModel:
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
+    def held_slope(self, t: Tensor) -> Tensor:
+        """(B,) float32: derivative of the velocity by x at t (B,) where the network's output is held, with any guidance."""
+        return torch.zeros_like(t)
+
     def _predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """One network evaluation of `velocity`, without guidance."""
         raise NotImplementedError
@@ -224,14 +229,42 @@ class ImageModel:
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 16) -> Tensor:
         """Final states (B, C, h, w) float32 -> images (B, 3, H, W) float32 in [0, 1]."""
-        config = self.pipe.vae.config
         images = []
         for chunk in latents.split(batch_size):
-            unscaled = self.clean(chunk.float()) / config.scaling_factor + (config.shift_factor or 0.0)
-            unscaled = unscaled.contiguous(memory_format=torch.channels_last)
-            decoded = self.pipe.vae.decode(unscaled, return_dict=False)[0]
-            images.append(decoded.div_(2).add_(0.5).clamp_(0, 1))  # in place: full-size images are large
+            images.append(self._decoded(chunk).div_(2).add_(0.5).clamp_(0, 1))  # in place: full-size images are large
         return torch.cat(images)
+
+    def decode_with_gradient(self, latents: Tensor, clamp: Clamp = "hard") -> tuple[Tensor, Tensor]:
+        """The images of `decode`, with gradient to `latents` (B, C, h, w); all B at once.
+
+        Returns images (B, 3, H, W) float32 in [0, 1], and the share (B,) float32, detached, of each image's values that
+        were outside and had to be clamped. Their gradient is zero with clamp=hard; straight_through passes it on as if
+        nothing was cut.
+        """
+        free = self._decoded(latents) / 2 + 0.5
+        images = free.clamp(0, 1)
+        saturated = (images != free).detach().float().mean(dim=(1, 2, 3))
+        if clamp == "straight_through":
+            images = images.detach() + (free - free.detach())  # adds exactly zero, and the gradient of the identity
+        return images, saturated
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """What the VAE makes of final states (B, C, h, w): (B, 3, H, W), near [-1, 1] but not clamped."""
+        config = self.pipe.vae.config
+        unscaled = self.clean(latents.float()) / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.pipe.vae.decode(unscaled.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> the clean latents (B, C, h, w) float32 that the VAE would decode to them.
+
+        The mode of the VAE's posterior, not a sample. Latents are what `clean` returns: a final state is the same up to
+        its factor.
+        """
+        config = self.pipe.vae.config
+        pixels = (2 * images.float() - 1).contiguous(memory_format=torch.channels_last)
+        mode = self.pipe.vae.encode(pixels).latent_dist.mode()
+        return ((mode - (config.shift_factor or 0.0)) * config.scaling_factor).float().contiguous()
 
     # -- the adapter --------------------------------------------------------------------------------------------
 
@@ -274,11 +307,35 @@ class ImageModel:
         if not values or getattr(result, "unexpected_keys", None):
             raise UserError(f"model.lora.init_from: {folder} holds no adapter for {type(self.network).__name__}")
 
-    def load_adapter(self, folder: str | Path, scale: float = 1.0) -> None:
-        """Load an exported adapter for inference, with diffusers' own `load_lora_weights`."""
-        with quiet():
-            self.pipe.load_lora_weights(_existing(str(folder), "adapter"), adapter_name="tuned")
-        self.pipe.set_adapters(["tuned"], adapter_weights=[scale])
+    def load_adapter(self, folder: str | Path, scale: float = 1.0, name: str = "tuned") -> None:
+        """Load an exported adapter for inference, with diffusers' own `load_lora_weights`; it alone is then in use.
+
+        name: what `pipe.set_adapters` calls it; several may be loaded. Raises: UserError if `folder` holds no adapter for
+        this network, or one of which a part would be left out.
+        """
+        from diffusers.utils import logging as diffusers_logging
+        from peft import get_peft_model_state_dict
+
+        path, network = _existing(str(folder), "adapter"), type(self.network).__name__
+        try:
+            with quiet():
+                diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # it logs what it raises
+                held = self.pipe.lora_state_dict(path)
+                self.pipe.load_lora_weights(path, adapter_name=name)
+        except (OSError, RuntimeError, ValueError) as problem:
+            raise UserError(
+                f"adapter: {folder} does not fit {network}: {str(problem).splitlines()[-1].strip()}"
+            ) from problem
+        held = held[0] if isinstance(held, tuple) else held  # UNet pipelines return their network alphas beside it
+        present = [key for key in held if key.startswith(f"{self.denoiser_name}.") and "lora" in key]
+        if not present:
+            raise UserError(f"adapter: {folder} holds none for {network}; it was made for another kind of model")
+        taken = get_peft_model_state_dict(self.network, adapter_name=name)
+        if len(taken) < len(present):
+            raise UserError(
+                f"adapter: {folder} does not fit {network}: it has a place for {len(taken)} of {len(present)} tensors"
+            )
+        self.pipe.set_adapters([name], adapter_weights=[scale])
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align.errors import UserError
 from align.models.base import Conditioning, ImageModel, ModelConfig, quiet
-from samplers.vp import PREDICTIONS, time_table, timestep_of, velocity_from, vp_grid, vp_scale
+from samplers.vp import PREDICTIONS, time_table, timestep_of, velocity_coefficients, velocity_from, vp_grid, vp_scale
 
 
 class VPModel(ImageModel):
@@ -64,6 +64,10 @@ class VPModel(ImageModel):
     def clean(self, latents: Tensor) -> Tensor:
         """x_vp at `end_time`, which the pipelines decode as it is."""
         return latents / self.noise_scale(self.end_time)
+
+    def held_slope(self, t: Tensor) -> Tensor:
+        """That of the conversion from the network's output."""
+        return velocity_coefficients(t, self.prediction)[1]
 
     def _predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         x_vp = x / vp_scale(t).float().view(-1, 1, 1, 1)

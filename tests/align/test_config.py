@@ -12,8 +12,8 @@ from align.config import (
     parse_config,
     preset_path,
     to_yaml,
-    without_effect,
 )
+from align.config_checks import without_effect
 from align.errors import UserError
 from align.objectives import ObjectiveConfig
 from align.schema import build

@@ -103,7 +103,7 @@ def test_a_name_registered_in_this_process_can_be_used(user_file, make_batch):
     ("kind", "args", "message"),
     [
         ("jpgs", {}, r"unknown reward type 'jpgs'; did you mean 'jpeg'\?"),
-        ("aesthetics", {}, r"unknown reward type 'aesthetics'; known: .*brightness, clip, jpeg"),
+        ("beauty", {}, r"unknown reward type 'beauty'; known: .*brightness, cached, clip, .*jpeg"),
         ("{file}", {}, r"a path needs the name after a colon"),
         ("no/such/file.py:f", {}, r"there is no file no/such/file.py"),
         ("no_such_package.scores:f", {}, r"no_such_package.scores cannot be imported .*check the spelling"),
