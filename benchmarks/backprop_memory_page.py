@@ -12,7 +12,13 @@ from curves import ROOT, Rows, place
 FIGURE = ROOT / "docs" / "assets" / "backprop-memory.png"
 PAGE = ROOT / "docs" / "methods" / "reward-backprop.md"
 PHASES = ("sample", "image", "backward")
-COLOURS = {"graph": "#d62728", "checkpoint": "#2ca02c", "adjoint": "#1f77b4", "adjoint_cut": "#9467bd"}
+LINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "graph": ("plain graph", {"color": "#d62728"}),
+    "adjoint": ("adjoint", {"color": "#1f77b4", "lw": 3.5}),
+    "checkpoint": ("each step checkpointed", {"color": "#ff7f0e", "ls": "--"}),
+    "adjoint_cut": ("adjoint, one image a call", {"color": "#2ca02c"}),
+}
+"""Strategy -> label and style, in the order they are drawn: checkpoint lies on top of adjoint."""
 
 
 def results(model: str) -> Path:
@@ -30,7 +36,7 @@ def show(models: Iterable[str]) -> None:
             parts += _section(model, json.loads(path.read_text()))
             continue
         command = f"python benchmarks/backprop_memory.py run --random {model}"
-        parts.append(f"`{model}` at 512 px: not measured; `{command} --block-checkpointing` and `{command} --largest`.")
+        parts.append(f"`{model}` at 512 px: not measured; on a GPU, `{command}` and `{command} --largest`.")
     place(PAGE, "\n\n".join(parts), "memory")
 
 
@@ -44,7 +50,12 @@ def _section(model: str, found: dict[str, Any]) -> list[str]:
         if model == "playground":
             draw(updates)
             parts.append("![peak memory against K](../assets/backprop-memory.png)")
-        parts += ["The adjoint, in bytes:", phase_table(updates), *closed_forms(updates), resident(updates)]
+        parts += [
+            "Peaks of `adjoint` in its two halves, in bytes:",
+            phase_table(updates),
+            *closed_forms(updates),
+            resident(updates),
+        ]
     if largest:
         limit = f"{largest[0]['limit_gb']:g} GiB"
         parts += [
@@ -90,10 +101,10 @@ def growth_table(rows: Rows) -> str:
         growth = [f"{r['growth_per_step_bytes']:,.0f}" for r in known if "growth_per_step_bytes" in r]
         cost = " to ".join(f"{mine[k]['nfe']:,}" for k in (counts[0], counts[-1]))
         seconds = " to ".join(dict.fromkeys(f"{r['seconds']:.2f}" for r in (known[0], known[-1]))) if known else ""
-        worst = f"{max(r['gradient_difference'] for r in known):.0e}" if known else ""
+        worst = max(r["gradient_difference"] for r in known) if known else None
         lines.append(
             f"| `{method}` | {'yes' if blocks else 'no'} | {' | '.join(shown)} | {', '.join(dict.fromkeys(growth))} "
-            f"| {cost} | {seconds} | {worst} |"
+            f"| {cost} | {seconds} | {'' if worst is None else f'{worst:.0e}' if worst else 'equal'} |"
         )
     return "\n".join(lines)
 
@@ -101,17 +112,17 @@ def growth_table(rows: Rows) -> str:
 def phase_table(rows: Rows) -> str:
     """Markdown: where the adjoint's peak is, in bytes."""
     lines = [
-        "| blocks checkpointed | K | sampling | decoder and reward | chain backward | whole update | a further step: whole "
-        "| chain backward | stored latents of a step |",
-        "|" + "---|" * 9,
+        "| blocks checkpointed | K | decoder and reward | chain backward | whole update | a further step: chain backward "
+        "| whole update | stored latents of a step |",
+        "|" + "---|" * 8,
     ]
     for r in sorted((r for r in rows if r["method"] == "adjoint"), key=lambda r: (r["block_checkpointing"], r["k"])):
         if r["mean"] is not None:
             growth = [
                 f"{r[f'{p}growth_per_step_bytes']:+,.0f}" if f"{p}growth_per_step_bytes" in r else ""
-                for p in ("", "backward_")
+                for p in ("backward_", "")
             ]
-            parts = " | ".join(f"{r[f'{p}_bytes']:,}" for p in (*PHASES, "whole"))
+            parts = " | ".join(f"{r[f'{p}_bytes']:,}" for p in ("image", "backward", "whole"))
             lines.append(
                 f"| {'yes' if r['block_checkpointing'] else 'no'} | {r['k']} | {parts} | {growth[0]} | {growth[1]} "
                 f"| {r['latents_bytes']:,} |"
@@ -146,18 +157,13 @@ def draw(rows: Rows) -> None:
     )
     for axis, blocks in zip(axes[0], panels, strict=True):
         mine = [r for r in rows if r["block_checkpointing"] == blocks and r["mean"] is not None]
-        for method in COLOURS:
-            points = sorted((r["k"], r["mean"], r["backward_bytes"] / 2**20) for r in mine if r["method"] == method)
-            style = {"color": COLOURS[method], "ls": "--" if method == "checkpoint" else "-", "marker": "o", "ms": 4}
-            axis.plot([p[0] for p in points], [p[1] for p in points], lw=2, label=method, **style)
-            if method == "adjoint":
-                label = "adjoint, chain backward alone"
-                axis.plot(
-                    [p[0] for p in points], [p[2] for p in points], lw=1.5, ls=":", color=COLOURS[method], label=label
-                )
-        axis.set(
-            title="blocks checkpointed" if blocks else "no block checkpointing", xlabel="differentiated steps K", ylim=0
-        )
+        for method, (label, style) in LINES.items():
+            points = sorted((r["k"], r["mean"]) for r in mine if r["method"] == method)
+            look: dict[str, Any] = {"lw": 2, "marker": "o", "ms": 4, "label": label}
+            axis.plot([k for k, _ in points], [peak for _, peak in points], **look | style)
+        title = "blocks of the network checkpointed" if blocks else "blocks not checkpointed"
+        axis.set(title=title, xlabel="differentiated steps K", xticks=sorted({r["k"] for r in mine}))
+        axis.set_ylim(0)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("peak of an update, MiB")
@@ -170,11 +176,12 @@ def draw(rows: Rows) -> None:
 def _caption(found: dict[str, Any], rows: Rows) -> str:
     config, machine = found["config"], found["machine"]
     where = ", ".join(machine["gpus"]) or "CPU, one thread"
+    clock = "seconds" if machine["gpus"] else "CPU seconds"
     return (
         f"`{rows[0]['model']}`, {config['model']['precision']}, batch {rows[0]['batch']}, {config['sampler']['num_steps']} steps, "
-        f"guidance {config['sampler']['guidance_scale']:g}, {where}. MiB allocated since the update began, weights not "
-        "included; bytes a further step costs, between successive K; network evaluations of an image; seconds an update; "
-        "largest relative difference of an adapter tensor's gradient from the plain graph's."
+        f"guidance {config['sampler']['guidance_scale']:g}, {where}. Peak in MiB of what an update allocates, weights not "
+        f"included; bytes that a further step adds; network evaluations of an image; {clock} of an update; largest relative "
+        "difference of an adapter tensor's gradient from the plain graph's."
     )
 
 
