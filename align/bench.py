@@ -86,7 +86,7 @@ def _recomputed(run: Run, rows: list[dict[str, float]]) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         velocity(x, torch.ones(1, device=x.device), cond)
     if backwards:
-        active = statistics.median(r["train/active_steps"] for r in rows) * (1 + config.backprop.lv_draws)
+        active = statistics.median(r.get("train/active_steps", 0.0) for r in rows) * (1 + config.backprop.lv_draws)
         return float(counter.get_total_flops()) * run.shape.local_samples * active * (times + 1)
     trained = run.shape.local_samples * statistics.median(r.get("select/kept_fraction", 1.0) for r in rows)
     columns = trained_steps(len(config.sampler.make_plan(0, 0).stochastic), config.train.step_fraction)

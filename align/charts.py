@@ -133,7 +133,8 @@ def balance_chart(
 def histogram(values: Sequence[float], *, label: str, x_label: str, bins: int = 21) -> str:
     """Counts of finite `values` in `bins` (odd) equal bins centred on 0: losses left of it, gains right of it."""
     values = [v for v in values if math.isfinite(v)]
-    reach = max([abs(v) for v in values], default=0.0) or 1.0
+    reach = max([abs(v) for v in values], default=0.0)
+    reach = reach if reach > 1e-300 else 1.0  # a bin of the smallest numbers would have no width
     half = bins // 2
     size = reach / (half + 0.5) * (1 + 1e-9)
     counts = [0] * bins

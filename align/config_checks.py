@@ -241,6 +241,12 @@ def without_effect(config: Config) -> list[str]:
         (backprop.truncation != "fixed", "backprop.k", f"backprop.truncation is {backprop.truncation}"),
         (backprop.steps != "late_biased", "backprop.late_bias", f"backprop.steps is {backprop.steps}"),
         (
+            backprop.stop_window(sampler.num_steps) == 1,
+            "backprop.cut_ratio",
+            f"it is less than a step and a half of {sampler.num_steps}",
+        ),
+        (backprop.most_active(sampler.num_steps) == 1, "backprop.jacobian", "an image has one active step"),
+        (
             sampler.guidance_scale == 1,
             "backprop.guidance_gradient",
             "sampler.guidance_scale is 1",

@@ -166,10 +166,11 @@ def memory_estimate(config: Config) -> dict[str, Any]:
     activations = _activations(config, network, width, factor, text_tokens)
     stored = _images_held(config) * _states(config) * 4 * _latent_elements(config, parts, factor)
     gib = 1024**3
-    image = 4 * config.loss.image_batch * _decoder_elements(parts["vae"], config, factor)
-    # the graph of the image is freed before that of a step is made
-    peak = max(activations, image) if config.objective.type == "reward_gradient" else activations
-    decoding = {"image_path_gib": image / gib} if config.objective.type == "reward_gradient" else {}
+    decoding, peak = {}, activations
+    if config.objective.type == "reward_gradient" and hasattr(parts["vae"].decoder, "mid_block"):
+        image = 4 * config.loss.image_batch * _decoder_elements(parts["vae"], config, factor)
+        decoding["image_path_gib"] = image / gib
+        peak = max(activations, image)  # the graph of the image is freed before that of a step is made
     return {
         "denoiser_parameters": total,
         "vae_parameters": vae,
@@ -210,7 +211,8 @@ def _activations(config: Config, network: Any, width: int, factor: int, text_tok
     """Bytes kept for one backward pass; factor: image pixels per latent pixel."""
     shape = network.config
     side = config.model.resolution // factor if config.model.resolution else shape.get("sample_size") or 64
-    images = config.train.micro_batch * (1 if config.sampler.guidance_scale == 1 else 2)
+    alone = config.objective.type == "reward_gradient" and config.backprop.guidance_gradient != "both"
+    images = config.train.micro_batch * (1 if config.sampler.guidance_scale == 1 or alone else 2)
     if hasattr(network, "down_blocks"):
         return width * images * _unet_elements(network, side, config.model.gradient_checkpointing)
     layers = shape.get("num_layers") or 1

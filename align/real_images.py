@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -42,8 +42,8 @@ def _picture(prompt: Prompt, side: int) -> Tensor:
     """(1, 3, side, side) in [0, 1]."""
     try:
         with Image.open(str(prompt.image)) as file:
-            pixels = pil_to_tensor(file.convert("RGB")).float().unsqueeze(0) / 255
-    except OSError as problem:
+            pixels = pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB")).float().unsqueeze(0) / 255
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:  # what Pillow raises
         raise UserError(f"prompts: the image {prompt.image} cannot be read ({problem})") from problem
     height, width = pixels.shape[-2:]
     short = min(height, width)

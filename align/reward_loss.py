@@ -109,25 +109,23 @@ def reward_loss(scores: Tensor, kind: LossKind, value: float | None = None) -> T
 
 
 def check_differentiable(rewards: Mapping[str, Reward], settings: Mapping[str, RewardConfig]) -> None:
-    """Raises: UserError, one line, naming every weighted reward that cannot be trained through its gradient."""
-    trained = _trained(rewards, settings)
-    blind = [name for name, reward in trained.items() if not reward.differentiable]
-    grouped = [name for name, reward in trained.items() if reward.differentiable and reward.kind == "groupwise"]
+    """Raises: UserError, one line, naming every reward that reward_gradient cannot train or, in batches, watch."""
+    blind = [name for name, reward in _trained(rewards, settings).items() if not reward.differentiable]
+    grouped = [name for name, reward in rewards.items() if reward.kind == "groupwise"]
     problems = []
     if blind:
-        verb = "has" if len(blind) == 1 else "have"
+        verb, it = ("has", "it") if len(blind) == 1 else ("have", "them")
         problems.append(
-            f"{_listed(blind)} {verb} no gradient with respect to the image, which objective.type reward_gradient needs"
+            f"{_listed(blind)} {verb} no gradient with respect to the image, which objective.type reward_gradient needs; give "
+            f"{it} weight 0 to only watch {it}, or train {it} with a policy gradient (preset flow_grpo, nft)"
         )
     if grouped:
-        verb = "judges" if len(grouped) == 1 else "judge"
-        problems.append(f"{_listed(grouped)} {verb} whole groups, which the image batches of reward_gradient cut")
-    if problems:
-        it = "it" if len(blind) + len(grouped) == 1 else "them"
-        raise UserError(
-            f"{'; '.join(problems)}; give {it} weight 0 to only watch {it}, or train {it} with a policy gradient "
-            "(preset flow_grpo, nft)"
+        verb, it = ("judges", "it") if len(grouped) == 1 else ("judge", "them")
+        problems.append(
+            f"{_listed(grouped)} {verb} whole groups, which the image batches of reward_gradient cut; move {it} to eval_rewards"
         )
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def enable_checkpointing(
@@ -153,7 +151,7 @@ class ImageGradient:
     losses: Tensor
     """(B,) float32: scale times the weighted sum of the rewards' losses, also where gradients are equalised."""
     scores: dict[str, Tensor]
-    """(B,) float32 raw scores of every reward, NaN where missing; those of weight 0 too."""
+    """(B,) float32 raw scores of every reward, NaN where missing; those of weight 0 of the watched images only."""
     saturated: Tensor
     """(B,) float32: share of each image's values that the clamp to [0, 1] changed."""
     missing: Tensor
@@ -169,11 +167,12 @@ def image_gradient(
     group_ids: Sequence[int],
     step: int,
     config: LossConfig,
+    watched: int | None = None,
 ) -> ImageGradient:
     """Gradient at the final latents (B, C, h, w) of scale sum_k w_k loss_k(R_k(decode(latents))).
 
-    Nothing gets a `.grad`. A loss or gradient that is not finite comes back as it is. Rewards of weight 0 judge all B
-    images at once, without gradient. Raises: RewardError if a reward fails, also in its backward pass.
+    Nothing gets a `.grad`. A loss or gradient that is not finite comes back as it is. Rewards of weight 0 judge the first
+    `watched` images (all B if None), without gradient. Raises: RewardError if a reward fails, also in its backward pass.
     """
     trained = _trained(rewards, settings)
     parts, images = [], []
@@ -183,9 +182,11 @@ def image_gradient(
             model, trained, settings, latents[some], prompts[some], group_ids[some], step, config
         )
         parts.append(part)
-        images.append(decoded)
-    watched = {name: reward for name, reward in rewards.items() if name not in trained}
-    seen = score_local(watched, torch.cat(images), prompts, group_ids, step)
+        if len(trained) < len(rewards):
+            images.append(decoded)
+    rest = {name: reward for name, reward in rewards.items() if name not in trained}
+    few = slice(watched)
+    seen = score_local(rest, torch.cat(images)[few], prompts[few], group_ids[few], step) if rest else {}
     return ImageGradient(
         gradient=torch.cat([part.gradient for part in parts]),
         losses=torch.cat([part.losses for part in parts]),

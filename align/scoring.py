@@ -14,6 +14,10 @@ from align.prompts import Prompt
 from rewards.base import Reward, RewardBatch, RewardError, checked_score
 
 
+class RewardFailure(UserError):
+    """A reward failed, on this process or another; all processes raise it together."""
+
+
 @dataclass
 class Scores:
     """Raw scores (total, ...) float32 and validity, bool, per reward, identical on every process.
@@ -66,7 +70,7 @@ def gather_scores(
     """One collective: place each process's scores at its global sample indices.
 
     `local` has (n, *shape) scores, NaN where missing, or is the error this process met: it travels with the scores, so
-    that all processes stop together (UserError) instead of waiting for each other. So they do if a reward has no score
+    that all processes stop together (RewardFailure) instead of waiting for each other. So they do if a reward has no score
     at all, unless scores are not `required`, as of a few images.
     """
     table = torch.zeros(2 * len(names) + 1, total, *shape, dtype=torch.float64)
@@ -79,12 +83,12 @@ def gather_scores(
             table[2 * row + 1, index] = valid.double()
     table = accelerator.reduce(table.to(accelerator.device, _reduce_dtype(accelerator)), reduction="sum").cpu()
     if bool((table[-1] > 0).any()):
-        raise UserError(str(local) if isinstance(local, RewardError) else "a reward failed on another process")
+        raise RewardFailure(str(local) if isinstance(local, RewardError) else "a reward failed on another process")
     values = {name: table[2 * row].float() for row, name in enumerate(names)}
     known = {name: table[2 * row + 1] > 0 for row, name in enumerate(names)}
     for name in names:
         if required and total and not bool(known[name].any()):
-            raise UserError(f"reward '{name}' has no score for any of {total} images (all NaN): repair the reward")
+            raise RewardFailure(f"reward '{name}' has no score for any of {total} images (all NaN): repair the reward")
     return Scores({k: v.masked_fill(~known[k], float("nan")) for k, v in values.items()}, known)
 
 

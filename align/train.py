@@ -31,7 +31,7 @@ from align.loops import iteration_of
 from align.prompts import load_prompts
 from align.report import write_report
 from align.run import Run, check_gradients, deploy_guidance, restore_rng, rng_state, start
-from align.scoring import Scores
+from align.scoring import RewardFailure, Scores
 from align.step import Interrupted
 from align.tracking import write_json
 from rewards.base import RewardError
@@ -167,12 +167,20 @@ def _one_iteration(run: Run, bar: Progress, task: Any) -> bool:
     def report(stage: str, done: int, total: int) -> None:
         bar.update(task, stage=f"{stage} {done}/{total}")
 
-    index, before = run.counters.iteration, rng_state()
+    index, before, updates = run.counters.iteration, rng_state(), run.counters.updates
     try:
         metrics = iteration_of(run.config)(run, report)
     except Interrupted:
         restore_rng(before)  # the iteration will be done again
         return False
+    except RewardFailure as problem:
+        if not index or run.counters.updates > updates:
+            raise
+        restore_rng(before)  # no weight has changed: what was learnt so far is kept
+        run.save()
+        raise UserError(
+            f"{problem}; a checkpoint of iteration {index} is written, the same command goes on from there"
+        ) from problem
     assert run.tracker is not None
     run.tracker.log("train", index, metrics)
     bar.update(task, completed=index + 1, stage="")

@@ -141,8 +141,7 @@ class Backward:
     penalty: Tensor
     """(B,) float32: mean over a sample's active steps of mean((v - v_ref)^2); 0 without a reference."""
     growth: Tensor
-    """(B,) float32: norm of lam where a sample's earliest active step uses it, over its norm at the image; 1 where no gradient
-    runs from step to step, or there is none."""
+    """(B,) float32: norm of lam at the end of a sample's earliest active step over that at the image; 1 without one."""
 
 
 def backward_chain(
@@ -201,6 +200,7 @@ class _Call:
     def independent(self, chain: Chain, lam: Tensor, micro_batch: int, clip: float) -> Tensor:
         """No gradient runs from one call to another: calls of different steps share batches."""
         factors = torch.ones(len(self.plan), device=lam.device)
+        growth = factors
         rows, states, times, cotangents = [], [], [], []
         for k in range(int(self.plan.last.max()) if len(self.plan) else -1, self.plan.first - 1, -1):
             a, b = self.steps.coefficients(k, self.plan.last)
@@ -210,15 +210,16 @@ class _Call:
                 states.append(x)
                 times.append(self.steps.grid[k].expand(len(owners)))
                 cotangents.append((factors * b)[owners])
+                growth = torch.where(self.plan.active[:, k].to(lam.device), factors.abs(), growth)
             factors = self._held(factors, a, b, k, clip)
         if not rows:
-            return torch.ones_like(factors)
+            return growth
         where, x, t, factor = (torch.cat(parts) for parts in (rows, states, times, cotangents))
         for some in torch.arange(len(where)).split(micro_batch):
             owners = where[some]
             cotangent = _spread(factor[some], lam) * lam[owners]
             self._backward(x[some], t[some], owners, cotangent, wanted=False)
-        return torch.ones_like(factors)
+        return growth
 
     def sequential(self, chain: Chain, lam: Tensor, micro_batch: int, clip: float) -> Tensor:
         """Step after step, from the image back to the earliest active step."""
@@ -226,14 +227,14 @@ class _Call:
         whole = _norms(lam)
         growth = torch.ones_like(whole)
         earliest = self.plan.active.int().argmax(dim=1)
-        linked = self.plan.active.sum(dim=1) > 1
+        active = self.plan.active.any(dim=1)
         for k in range(int(self.plan.last.max()), int(earliest.min()) - 1, -1):
             a, b = self.steps.coefficients(k, self.plan.last)
             held = self._held(torch.ones_like(a), a, b, k, 0.0)
             before = lam
             lam = _spread(held, lam) * lam
             owners, x = chain.states.get(k, (torch.zeros(0, dtype=torch.long), lam[:0]))
-            for some in torch.arange(len(owners)).split(micro_batch):
+            for some in torch.arange(len(owners)).split(micro_batch) if len(owners) else ():
                 who = owners[some]
                 wanted = bool((earliest[who] < k).any())
                 gradient = self._backward(
@@ -244,7 +245,7 @@ class _Call:
             if clip > 0:
                 limit = (clip * whole / _norms(lam).clamp_min(1e-30)).clamp_max(1)
                 lam = _spread(torch.where((self.plan.last >= k).to(lam.device), limit, 1.0), lam) * lam
-            going = (linked & (earliest < k)).to(lam.device) & (whole > 0)
+            going = (active & (earliest < k)).to(lam.device) & (whole > 0)
             growth = torch.where(going, _norms(lam) / whole.clamp_min(1e-30), growth)
         return growth
 

@@ -42,7 +42,7 @@ class BackpropConfig:
     grad_rescale: float = 0.0
     """Share rho of the step length left out that the active steps make up for: their gradient is multiplied by
     1 + rho (sum |dt| / sum over active |dt| - 1) (0.5 for SD3.5, 1 for FLUX.1; 2606.11075)."""
-    early_stop_ratio: float = 0.0
+    cut_ratio: float = 0.0
     """r: a chain stops at a step drawn from the last round(r T) and jumps to the clean image from there (ReFL: the last 10 of
     40, 2304.05977; DRTune 0.4). 0: chains are never cut."""
     jacobian: bool = True
@@ -59,8 +59,9 @@ class BackpropConfig:
     adjoint_clip: float = 0.0
     """Largest growth of the gradient's norm from the image back through the steps, per image; 0: no limit."""
     velocity_penalty: float = 0.0
-    """Weight w of w mean((v - v_ref)^2) at the active steps, with v_ref of the base model: holds the policy near it. Costs one
-    more forward for each active step, and one more backward where `jacobian` joins several."""
+    """Weight w of w mean((v - v_ref)^2) at the active steps, with v_ref of the base model: holds the policy near it. v is
+    the velocity, or with guidance_gradient cond_only and off the conditional prediction alone. Costs one more forward
+    for each active step, and one more backward where `jacobian` joins several."""
 
     def first_step(self, num_steps: int) -> int:
         """Step at which chains begin: 0, or with `partial_tau` the one that leaves round(tau T) steps to run."""
@@ -68,7 +69,7 @@ class BackpropConfig:
 
     def stop_window(self, num_steps: int) -> int:
         """Number of last steps that a chain may stop at; at least 1, the last."""
-        return max(1, round(self.early_stop_ratio * num_steps))
+        return max(1, round(self.cut_ratio * num_steps))
 
     def most_active(self, num_steps: int) -> int:
         """Largest K that can be drawn."""
@@ -86,7 +87,7 @@ class BackpropConfig:
             ("truncation_std", 0 < self.truncation_std <= 1, "in (0, 1]"),
             ("late_bias", self.late_bias >= 0, "at least 0"),
             ("grad_rescale", 0 <= self.grad_rescale <= 1, "in [0, 1]"),
-            ("early_stop_ratio", 0 <= self.early_stop_ratio < 1, "in [0, 1)"),
+            ("cut_ratio", 0 <= self.cut_ratio < 1, "in [0, 1)"),
             ("lv_draws", self.lv_draws >= 0, "at least 0"),
             ("partial_tau", self.partial_tau is None or 0 < self.partial_tau <= 1, "in (0, 1], or null"),
             ("adjoint_clip", self.adjoint_clip >= 0, "at least 0"),
@@ -104,7 +105,7 @@ class BackpropConfig:
         shortest = length - self.stop_window(num_steps) + 1
         if shortest < 1:
             return [
-                f"early_stop_ratio: {self.early_stop_ratio} of {num_steps} steps is more than the {length} that run"
+                f"cut_ratio: {self.cut_ratio} of {num_steps} steps is more than the {length} that run"
             ]
         if (self.steps != "last" or self.truncation == "fixed") and self.k > shortest:
             errors.append(f"k: {self.k} active steps, but a chain may have only {shortest}; use fewer")
@@ -120,7 +121,7 @@ class BackpropConfig:
         if self.steps != "last" and self.truncation != "fixed":
             errors.append(f"truncation: {self.truncation} belongs to steps last, and steps is {self.steps}; use fixed")
         if self.lv_draws and (
-            self.early_stop_ratio or self.steps != "last" or self.truncation != "fixed" or self.k != 1
+            self.cut_ratio or self.steps != "last" or self.truncation != "fixed" or self.k != 1
         ):
             errors.append("lv_draws: copies of the last step go with k 1, steps last, truncation fixed, no early stop")
         return errors

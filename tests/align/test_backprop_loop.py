@@ -17,6 +17,7 @@ from torch import Tensor
 from align.backprop_loop import _chains, _gradients, _steps, gradient_velocity, run_iteration
 from align.collect import initial_states, step_noise
 from align.config import load_config
+from align.errors import UserError
 from align.prompts import Prompt
 from align.run import Run, start
 from align.targets import prompt_ids
@@ -310,7 +311,7 @@ def test_checkpointing_changes_memory_and_not_the_gradient(begin, penalty):
 def test_the_rollout_and_training_batches_do_not_matter(begin):
     """Random numbers of active steps, stops and stochastic steps; with a penalty. All of it belongs to the sample."""
     sampler = {"sampler": {"kernel": "cps", "noise_level": 0.7, "num_steps": 6, "guidance_scale": 2.0}}
-    settings = ["backprop.truncation=uniform", "backprop.early_stop_ratio=0.5", "backprop.velocity_penalty=0.1"]
+    settings = ["backprop.truncation=uniform", "backprop.cut_ratio=0.5", "backprop.velocity_penalty=0.1"]
     run = begin(sampler, *settings, "train.updates_per_iteration=1", "backprop.adjoint_clip=1.5")
     whole = gradient(run)
     run.config.train.rollout_batch, run.config.train.micro_batch, run.config.loss.image_batch = 1, 1, 1
@@ -357,6 +358,25 @@ def test_network_evaluations_are_counted(begin, guidance, mode):
     assert metrics["nfe"] == run.counters.nfe == rows[False] + (3 + checkpointed) * rows[True]
     assert metrics["sample/nfe_per_image"] == 5 * twice
     assert metrics["train/active_steps"] == 2
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_the_scale_of_the_loss_is_applied_after_the_backward_pass(begin, penalty):
+    """So that half precision never sees the small numbers; the penalty is not part of the loss and keeps its weight."""
+    found = []
+    for scale in (1.0, 1e-6):
+        run = begin({}, f"loss.scale={scale}", f"backprop.velocity_penalty={penalty * scale}")
+        found.append(gradient(run) / scale)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6 * float(found[0].abs().max()))
+
+
+def test_watched_rewards_do_not_judge_the_copies(begin):
+    rewards = {"brightness": {"type": "brightness"}, "seen": {"type": "brightness", "weight": 0}}
+    run = begin({"rewards": rewards}, "backprop.lv_draws=2")
+    run.rewards["seen"] = Watching([])
+    metrics = run_iteration(run, quiet)
+    assert sum(len(images) for images in run.rewards["seen"].images) == run.shape.samples
+    assert metrics["reward/seen"] == pytest.approx(metrics["reward/brightness"])
 
 
 class Watching(Reward):
@@ -414,6 +434,16 @@ class Partial(Reward):
         return RewardOutput(torch.where(lost, 0 * scores + self.blank, scores))
 
 
+class Silent(Partial):
+    """No score for any image."""
+
+    def __init__(self) -> None:
+        super().__init__("", float("nan"))
+
+    def score(self, batch: RewardBatch) -> RewardOutput:
+        return RewardOutput(batch.images.mean(dim=(1, 2, 3)) * float("nan"))
+
+
 def test_images_without_a_score_are_left_out(begin):
     run = begin({}, "train.updates_per_iteration=1", "train.max_invalid_fraction=0.6")
     unknown = prompts_of(run)[1].text
@@ -430,11 +460,23 @@ def test_images_without_a_score_are_left_out(begin):
     assert all(p.isfinite().all() for p in run.parameters)
 
 
-def test_an_update_with_too_few_scores_is_passed_over(begin):
-    run = begin({}, "train.updates_per_iteration=1", "train.max_invalid_fraction=0.4")
-    run.rewards["brightness"] = Partial(prompts_of(run)[1].text, float("nan"))
+def test_an_update_without_any_score_is_passed_over(begin):
+    run = begin({}, "train.updates_per_iteration=1")
+    run.rewards["brightness"] = Silent()
     before = [p.detach().clone() for p in run.parameters]
     metrics = run_iteration(run, quiet)
-    assert metrics["reward/invalid_fraction"] == 0.5
+    assert metrics["reward/invalid_fraction"] == 1
+    assert "reward/mean" not in metrics
     assert (run.counters.updates, run.counters.empty_updates, run.counters.iteration) == (1, 1, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+
+
+def test_updates_that_lack_too_many_scores_stop_the_run_after_64_images(begin):
+    run = begin({}, "train.updates_per_iteration=1", "train.max_invalid_fraction=0.4")
+    for number in range(16):
+        run.rewards["brightness"] = Partial(prompts_of(run, number)[1].text, float("nan"))
+        if number < 15:
+            run_iteration(run, quiet)
+        else:
+            with pytest.raises(UserError, match="16 updates in a row lacked over 40% of their scores"):
+                run_iteration(run, quiet)

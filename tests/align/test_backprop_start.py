@@ -17,6 +17,7 @@ from align.errors import UserError
 from align.playground.captions import caption
 from align.playground.scenes import render, sample_scene
 from align.real_images import real_latents
+from align.scoring import RewardFailure
 from samplers.vp import timestep_of
 
 LOOP = runpy.run_path(str(Path(__file__).with_name("test_backprop_loop.py")))
@@ -87,3 +88,21 @@ def test_prompts_without_images_are_refused_where_images_are_needed(begin, pictu
     Path(pictures.parent / "scene-2.png").unlink()
     with pytest.raises(UserError, match=r"^prompts: there is no image .*scene-2.png"):
         begin({"prompts": {"train": str(pictures)}}, "backprop.partial_tau=0.6", "sampler.num_steps=5")
+
+
+def test_an_image_that_cannot_be_read_stops_the_run_with_its_name(begin, pictures):
+    """As a failing reward does: the failure travels with the scores, so that no process waits for another."""
+    changes = PLAYGROUND | {"prompts": {"train": str(pictures)}}
+    run = begin(changes, "backprop.partial_tau=0.5")
+    for file in pictures.parent.glob("*.png"):
+        file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(RewardFailure, match=r"the image .*scene-\d.png cannot be read"):
+        run_iteration(run, quiet)
+
+
+def test_a_watched_reward_that_compares_groups_is_refused(begin, tmp_path):
+    code = "def ranks(images, prompts, metadata):\n    return list(range(len(prompts)))\nranks.kind = 'groupwise'\n"
+    (tmp_path / "ranks.py").write_text(code)
+    rewards = {"ranks": {"type": f"{tmp_path}/ranks.py:ranks", "weight": 0}, "brightness": {"type": "brightness"}}
+    with pytest.raises(UserError, match=r"^reward 'ranks' judges whole groups.*move it to eval_rewards$"):
+        begin({"rewards": rewards})

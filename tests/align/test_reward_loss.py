@@ -328,8 +328,8 @@ class Rank(Redness):
 
 
 def test_rewards_without_a_usable_gradient_are_refused_by_name(proxy):
-    rewards = {"jpeg": JPEGReward(), "proxy": proxy, "rank": Rank(), "files": JPEGReward()}
-    settings = {name: RewardConfig(name) for name in rewards}
+    rewards = {"jpeg": JPEGReward(), "proxy": proxy, "files": JPEGReward()}
+    settings = {name: RewardConfig(name) for name in [*rewards, "rank"]}
 
     def refusal(**weights: float) -> str:
         chosen = {name: RewardConfig(name, weight=weights.get(name, 0.0)) for name in settings}
@@ -342,12 +342,14 @@ def test_rewards_without_a_usable_gradient_are_refused_by_name(proxy):
         "weight 0 to only watch it, or train it with a policy gradient (preset flow_grpo, nft)"
     )
     assert refusal(jpeg=1.0, files=-1.0).startswith("rewards 'jpeg', 'files' have no gradient")
+    check_differentiable(rewards, {name: RewardConfig(name, weight=float(name == "proxy")) for name in rewards})
+    rewards["rank"] = Rank()
     assert "reward 'rank' judges whole groups" in refusal(rank=1.0)
     everything = refusal(jpeg=1.0, rank=1.0, proxy=1.0)
     assert "'jpeg' has no gradient" in everything
     assert "'rank' judges" in everything
     assert "\n" not in everything
-    check_differentiable(rewards, {name: RewardConfig(name, weight=float(name == "proxy")) for name in rewards})
+    assert refusal(proxy=1.0).endswith("move it to eval_rewards")  # nor can it be watched in batches
 
 
 REWARDS = {"proxy": RewardConfig("clip"), "redness": RewardConfig("x"), "jpeg": RewardConfig("jpeg", weight=0.0)}

@@ -136,7 +136,7 @@ class TestCommand:
 # -- resuming ------------------------------------------------------------------------------------------------------
 
 RANDOM: dict[str, Any] = {
-    "backprop": {"truncation": "gaussian", "early_stop_ratio": 0.5, "velocity_penalty": 0.1},
+    "backprop": {"truncation": "gaussian", "cut_ratio": 0.5, "velocity_penalty": 0.1},
     "sampler": {"num_steps": 4, "guidance_scale": 2.0},
     "optim": {"ema_decay": 0.9},
     "loss": {"image_batch": 8},

@@ -354,6 +354,14 @@ def test_only_active_steps_are_called_with_gradient_and_each_once(jacobian):
     assert calls == Counter((row, k) for row, k in plan.active.nonzero().tolist())
 
 
+def test_no_call_is_made_at_steps_that_are_active_in_no_sample():
+    """Attention kernels need not accept a batch of no image."""
+    net, rows = Net(), []
+    net.first.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])) if torch.is_grad_enabled() else None)
+    adjoint(net, sampler("ode"), plan_of([[0, 1, 4]] * 3))
+    assert rows == [3, 3, 3]
+
+
 @pytest.mark.parametrize("jacobian", [True, False])
 @pytest.mark.parametrize("plan", ["of its own length", "cut"])
 def test_the_cut_into_micro_batches_does_not_matter(plan, jacobian):
@@ -371,12 +379,15 @@ def test_nothing_is_differentiated_without_active_steps():
     assert (back.pairs, back.growth.tolist(), back.penalty.tolist()) == (0, [1] * 3, [0] * 3)
 
 
-def test_growth_is_told_of_samples_in_which_gradient_runs_from_step_to_step():
+def test_growth_is_the_norm_at_the_earliest_active_step_whoever_shares_the_batch():
     """One with two active steps, one with a single one, one without any, on a sampler that changes lam at every step."""
-    net = Net("epsilon")
-    _, _, back = adjoint(net, sampler("ode"), plan_of([[1, 4], [1], []]))
-    assert float(back.growth[0]) != pytest.approx(1, abs=1e-3)
-    assert back.growth[1:].tolist() == [1, 1]
+    net, steps = Net("epsilon"), sampler("ode")
+    together = adjoint(net, steps, plan_of([[1, 4], [1], []]))[2].growth
+    apart = adjoint(net, steps, plan_of([[1], [1], []]))[2].growth
+    held = float((1 - steps.grid[-1]) / (1 - steps.grid[2]))  # noise predictions: (1 - t_next) / (1 - t), multiplied up
+    assert together[1:].tolist() == pytest.approx([held, 1])
+    assert apart.tolist() == pytest.approx([held, held, 1])
+    assert float(together[0]) != pytest.approx(held, abs=1e-3)
 
 
 @pytest.mark.parametrize("jacobian", [True, False])

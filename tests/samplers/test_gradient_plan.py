@@ -16,8 +16,8 @@ from samplers.vp import time_table, timestep_of, vp_grid
 
 DRAWS = 100_000
 ALIGNPROP = BackpropConfig(truncation="gaussian")
-DRTUNE = BackpropConfig(steps="spread", k=3, early_stop_ratio=0.4, jacobian=False)
-REFL = BackpropConfig(k=1, early_stop_ratio=0.25)
+DRTUNE = BackpropConfig(steps="spread", k=3, cut_ratio=0.4, jacobian=False)
+REFL = BackpropConfig(k=1, cut_ratio=0.25)
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 
 
@@ -209,17 +209,17 @@ def test_a_sample_s_plan_depends_on_its_name_alone(config):
         ({"truncation_std": 0.0}, "truncation_std: must be in (0, 1], got 0.0"),
         ({"late_bias": -1.0}, "late_bias: must be at least 0, got -1.0"),
         ({"grad_rescale": 1.5}, "grad_rescale: must be in [0, 1], got 1.5"),
-        ({"early_stop_ratio": 1.0}, "early_stop_ratio: must be in [0, 1), got 1.0"),
+        ({"cut_ratio": 1.0}, "cut_ratio: must be in [0, 1), got 1.0"),
         ({"lv_draws": -1}, "lv_draws: must be at least 0, got -1"),
         ({"partial_tau": 0.0}, "partial_tau: must be in (0, 1], or null, got 0.0"),
         ({"adjoint_clip": -1.0}, "adjoint_clip: must be at least 0, got -1.0"),
         ({"velocity_penalty": -1.0}, "velocity_penalty: must be at least 0, got -1.0"),
         ({"k": 11}, "k: 11 active steps, but a chain may have only 10; use fewer"),
-        ({"k": 8, "early_stop_ratio": 0.4, "steps": "spread"}, "k: 8 active steps, but a chain may have only 7; use fewer"),
+        ({"k": 8, "cut_ratio": 0.4, "steps": "spread"}, "k: 8 active steps, but a chain may have only 7; use fewer"),
         ({"partial_tau": 0.04}, "partial_tau: 0.04 of 10 steps leaves none to run; use a larger one"),
         (
-            {"partial_tau": 0.3, "early_stop_ratio": 0.5},
-            "early_stop_ratio: 0.5 of 10 steps is more than the 3 that run",
+            {"partial_tau": 0.3, "cut_ratio": 0.5},
+            "cut_ratio: 0.5 of 10 steps is more than the 3 that run",
         ),
         (
             {"truncation": "uniform", "partial_tau": 0.1},
