@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from align.advantages import AdvantageConfig
+from align.combination import CombineConfig
 from align.config_checks import validate
 from align.credit import CreditConfig
 from align.early_stop import EarlyStopConfig
@@ -141,13 +142,14 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
-    """name -> reward; the weighted sum is trained."""
+    """name -> reward; `combine` says how several of weight other than 0 are trained together."""
     eval_rewards: dict[str, RewardConfig] = field(default_factory=dict)
     """Further rewards that are only measured, never trained."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     completions: CompletionConfig = field(default_factory=CompletionConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
+    combine: CombineConfig = field(default_factory=CombineConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from align.combination import PAR_FLOOR
 from samplers.plans import suffix_length
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def validate(config: Config) -> list[str]:
     errors += [f"completions.{line}" for line in config.completions.validate(config.sampler.num_steps)]
     errors += [f"calibration.{line}" for line in config.calibration.validate()]
     errors += [f"credit.{line}" for line in config.credit.validate()]
+    errors += [f"combine.{line}" for line in config.combine.validate(config.rewards)]
     errors += [f"advantage.{line}" for line in config.advantage.validate()]
     errors += [f"selection.{line}" for line in config.selection.validate()]
     errors += [f"objective.{line}" for line in config.objective.validate(config.sampler.num_steps)]
@@ -103,7 +105,8 @@ def _combinations(config: Config) -> list[str]:
         )
     if config.sampler.kernel == "ode" and config.sampler.psi is not None:
         errors.append("sampler.psi: kernel 'ode' has no noise to set; remove psi")
-    errors += _credit_errors(config) + _one_reward_errors(config) + _pair_errors(config) + _backprop_errors(config)
+    errors += _credit_errors(config) + _one_reward_errors(config) + _combine_errors(config)
+    errors += _pair_errors(config) + _backprop_errors(config)
     chosen, clip = config.selection, config.advantage.clip
     if chosen.rule == "extremes" and chosen.pos_threshold > clip and chosen.neg_threshold < -clip:
         errors.append(
@@ -156,6 +159,37 @@ def _one_reward_errors(config: Config) -> list[str]:
             f"selection.rule: extremes ranks images by one number, and credit.rule {rule} gives one a step; use all"
         )
     return errors
+
+
+def _apart(config: Config) -> bool:
+    """Whether each weighted reward gets an advantage of its own."""
+    gradient = config.objective.type == "reward_gradient"  # its rewards are summed as losses, see loss.equalise
+    return not gradient and config.combine.apart({name: entry.weight for name, entry in config.rewards.items()})
+
+
+def _combine_errors(config: Config) -> list[str]:
+    """What needs one number per image cannot have several rewards apart; shaped rewards need a floor."""
+    par, advantage = config.combine.par, config.advantage
+    grouped = config.objective.type in ("clipped_ratio", "forward_process") and advantage.baseline == "group"
+    if par.enabled and grouped and config.combine.rule != "rank" and advantage.std_floor < PAR_FLOOR:
+        return [
+            f"combine.par: a group in which it is saturated would be spread out again by its std; set "
+            f"advantage.std_floor to {PAR_FLOOR:g} or more, got {advantage.std_floor:g}"
+        ]
+    if not _apart(config):
+        return []
+    needing = [
+        (config.objective.type == "reward_difference", "objective.type reward_difference compares one raw reward"),
+        (config.advantage.baseline == "history", "advantage.baseline history remembers one reward"),
+        (config.credit.rule == "turning_point", "credit.rule turning_point follows the turns of one reward"),
+    ]
+    return [
+        f"combine.rule: {reason} an image, and {config.combine.rule} keeps several apart; use combine.rule: sum"
+        + (", without combine.gates" if config.combine.gates else "")
+        + (", without combine.constraints" if config.combine.constraints.values else "")
+        for needs, reason in needing
+        if needs
+    ]
 
 
 def _pair_errors(config: Config) -> list[str]:
@@ -217,7 +251,25 @@ def without_effect(config: Config) -> list[str]:
     sampler, optim, plain = config.sampler, config.optim, type(config)()
     values = config.credit.needs_values or sampler.psi is not None
     gradient, kind, backprop = config.objective.type == "reward_gradient", config.objective.type, config.backprop
+    ranked = config.combine.rule == "rank" and _apart(config)
+    idle = "objective.type is reward_gradient, see loss.equalise" if gradient else "only one reward has a weight"
+    if config.combine.rule == "sum":
+        idle = "combine.rule is sum"
     cases: list[tuple[bool, str, str]] = [
+        (gradient, "combine.rule", idle),
+        (gradient, "combine.par", idle),
+        (gradient, "combine.standardise", idle),
+        (config.combine.par.enabled, "combine.standardise", "combine.par has units of its own"),
+        (not config.combine.par.enabled, "combine.par", "combine.par.enabled is false"),
+        (_apart(config), "combine.standardise", f"combine.rule is {config.combine.rule}"),
+        (not _apart(config), "combine.batch_norm", idle),
+        (not _apart(config) or ranked, "combine.std_floor", "combine.rule is rank" if ranked else idle),
+        (gradient, "combine.gates", idle),
+        (gradient or not config.combine.constraints.values, "combine.constraints", "combine.constraints.values is empty"),
+        (ranked and config.combine.par.enabled, "combine.par", "it keeps the order, and combine.rule is rank"),
+        (ranked, "advantage.std", "combine.rule is rank"),
+        (ranked, "advantage.eps", "combine.rule is rank"),
+        (ranked, "advantage.std_floor", "combine.rule is rank"),
         (sampler.plan not in ("window", "sliding"), "sampler.window_size", f"sampler.plan is {sampler.plan}"),
         (sampler.plan not in ("window", "sliding"), "sampler.window_range", f"sampler.plan is {sampler.plan}"),
         (sampler.plan != "sliding", "sampler.window_every", f"sampler.plan is {sampler.plan}"),
@@ -268,8 +320,8 @@ def without_effect(config: Config) -> list[str]:
         (optim.schedule == "constant", "optim.final_lr_fraction", "optim.schedule is constant"),
     ]
     lines = []
-    for idle, key, reason in cases:
-        if idle and attrgetter(key)(config) != attrgetter(key)(plain):
+    for unread, key, reason in cases:
+        if unread and attrgetter(key)(config) != attrgetter(key)(plain):
             lines.append(f"{key} has no effect: {reason}")
     start, end = sampler.branch.lengths(sampler.num_steps)
     if sampler.plan == "branched" and start < end and sampler.branch.stages > config.train.iterations:

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from align import credit
 from align.advantages import group_advantages, group_moments
+from align.combination import any_valid, base_units, combined_advantages, standardised
+from align.constraints import follow
 from align.credit_stats import value_stats, zero_spread
 from align.errors import UserError
 from align.history import history_advantages, remember
 from align.prompts import prompt_indices
+from align.references import shaped
 from align.run import Run
 from align.scoring import Scores
 from align.selection import select
@@ -29,7 +32,7 @@ class Targets:
     kept: Tensor
     """(N,) bool, the samples to train."""
     rewards: Tensor
-    """(N,) float32 weighted reward of the final image, NaN where missing."""
+    """(N,) float32 weighted sum of the rewards of the final image, NaN where one is missing."""
 
 
 def prompt_ids(run: Run, iteration: int) -> list[int]:
@@ -45,20 +48,31 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
     """
     config = run.config
     weights = {name: reward.weight for name, reward in config.rewards.items()}
-    values, valid = combine(scores.values, scores.valid, weights)
+    apart = config.combine.apart(weights)
+    raw, scores = scores, _in_units(run, scores, apart, metrics)
+    values, complete = combine(scores.values, scores.valid, weights)
+    valid = any_valid(scores.valid, weights) if apart else complete
     if not enough_scores(run, valid, metrics):
         return None
     final, known = values[:, -1], valid[:, -1]
-    present = final[known].double()
-    metrics |= {"reward/mean": float(present.mean()), "reward/std": float(present.std(correction=0))}
     groups = torch.arange(run.shape.samples) // config.train.group_size
-    if config.train.group_size > 1:
-        counts, _, spreads = group_moments(
-            final.double().nan_to_num(0.0).unsqueeze(1), known.unsqueeze(1), groups, run.shape.groups
-        )
-        metrics["reward/group_std"] = float(spreads[counts > 1].mean())
-    step_rewards, credit_stats = credit.step_rewards(values, max(1, len(plan.stochastic)), config.credit, groups)
-    advantages, flat = _advantages(run, step_rewards, known, groups, metrics)
+    metrics |= _reward_stats(run, final, complete[:, -1], groups)
+    steps = max(1, len(plan.stochastic))
+    step_rewards, credit_stats = credit.step_rewards(values, steps, config.credit, groups)
+    if apart:
+        parts = {
+            name: credit.step_rewards(scores.values[name], steps, config.credit, groups)[0]
+            for name, weight in weights.items()
+            if weight != 0
+        }
+        finals = {name: raw.values[name][:, -1] for name in weights}
+        factors = follow(run, raw, metrics)
+        settings = (groups, config.combine, config.advantage, factors)
+        advantages, stats = combined_advantages(parts, weights, finals, *settings)
+        metrics |= stats
+        flat = stats["train/zero_spread_fraction"]
+    else:
+        advantages, flat = _advantages(run, step_rewards, known, groups, metrics)
     metrics["train/zero_spread_fraction"] = flat
     if config.credit.needs_values:
         metrics |= value_stats(values, plan.stochastic, groups) | zero_spread(step_rewards, plan.stochastic, groups)
@@ -73,6 +87,33 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
         metrics["select/kept_fraction"] = float(kept.double().mean())
         metrics["select/positive_fraction"] = float((kept & (advantages[:, -1] > 0)).sum() / kept.sum().clamp_min(1))
     return Targets(advantages, kept, final)
+
+
+def _in_units(run: Run, scores: Scores, apart: bool, metrics: dict[str, float]) -> Scores:
+    """The weighted rewards as `combine.par` or `combine.standardise` want them, or as they are."""
+    config = run.config
+    names = [name for name, reward in config.rewards.items() if reward.weight != 0]
+    if config.combine.par.enabled:
+        prompts = [run.train_prompts[i] for i in prompt_ids(run, run.counters.iteration)]
+        scores = shaped(run, scores, prompts, base_units(config.run_dir, names))
+        metrics |= {f"reward/{name}_par": scores.mean(name) for name in names}
+    elif config.combine.standardise == "reference" and not apart:
+        scores = standardised(scores, base_units(config.run_dir, names))
+    return scores
+
+
+def _reward_stats(run: Run, final: Tensor, complete: Tensor, groups: Tensor) -> dict[str, float]:
+    """Mean, std and std inside groups of the weighted sum (N,) over the images with all its scores, if there is one."""
+    if not complete.any():
+        return {}
+    present = final[complete].double()
+    stats = {"reward/mean": float(present.mean()), "reward/std": float(present.std(correction=0))}
+    counts, _, spreads = group_moments(
+        final.double().nan_to_num(0.0).unsqueeze(1), complete.unsqueeze(1), groups, run.shape.groups
+    )
+    if (counts > 1).any():
+        stats["reward/group_std"] = float(spreads[counts > 1].mean())
+    return stats
 
 
 def enough_scores(run: Run, valid: Tensor, metrics: dict[str, float]) -> bool:
