@@ -28,7 +28,17 @@ LAUNCHERS = {
 # The clip is a threshold: a ratio beside it could fall on either side of it by rounding, so it is set far away.
 CHANGES: dict[str, dict[str, Any]] = {
     "flow_grpo": {"objective": {"clip_range": 0.5}, "optim": {"lr": 3e-4}, "train": {"iterations": 3}},
-    "nft": {"optim": {"lr": 3e-4}, "train": {"iterations": 3}},
+    # two rewards with advantages of their own, one of them behind a gate that some images do not pass
+    "nft": {
+        "rewards": {
+            "bright": {"type": "brightness"},
+            "near": {"type": f"{Path(__file__).with_name('near_reward.py')}:score", "weight": 0.5, "args": {"target": 0.527}},
+        },
+        "combine": {"rule": "decoupled", "gates": {"bright": 0.525}},
+        "advantage": {"std_floor": 0.05},
+        "optim": {"lr": 3e-4},
+        "train": {"iterations": 3},
+    },
     # without a floor the group's std, here of tiny gains, would blow rounding up to the size of an advantage
     "dense_grpo": {
         "objective": {"clip_range": 0.5},
