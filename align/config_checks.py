@@ -118,11 +118,7 @@ def _combinations(config: Config) -> list[str]:
         for key in ("inner_epochs", "step_fraction"):
             if getattr(config.train, key) != 1:
                 errors.append(f"train.{key}: objective.type forward_process trains drawn times once; leave it at 1")
-    if (
-        config.train.group_size >= 2
-        and not _alone(config)
-        and config.advantage.min_valid > config.train.group_size
-    ):
+    if config.train.group_size >= 2 and not _alone(config) and config.advantage.min_valid > config.train.group_size:
         errors.append(
             f"advantage.min_valid: {config.advantage.min_valid} is more than train.group_size "
             f"{config.train.group_size}, so no group would ever count"
@@ -243,19 +239,17 @@ def _backprop_errors(config: Config) -> list[str]:
     return errors
 
 
-def without_effect(config: Config) -> list[str]:
-    """Settings that differ from their defaults and that nothing will read, each with the reason: notes, not errors.
+Case = tuple[bool, str, str]
+"""Whether a setting is not read, its key, and why."""
 
-    A layer may well set what a later layer switches off, so these are said and not refused.
-    """
-    sampler, optim, plain = config.sampler, config.optim, type(config)()
-    values = config.credit.needs_values or sampler.psi is not None
-    gradient, kind, backprop = config.objective.type == "reward_gradient", config.objective.type, config.backprop
+
+def _combine_cases(config: Config) -> list[Case]:
+    gradient = config.objective.type == "reward_gradient"
     ranked = config.combine.rule == "rank" and _apart(config)
     idle = "objective.type is reward_gradient, see loss.equalise" if gradient else "only one reward has a weight"
     if config.combine.rule == "sum":
         idle = "combine.rule is sum"
-    cases: list[tuple[bool, str, str]] = [
+    return [
         (gradient, "combine.rule", idle),
         (gradient, "combine.par", idle),
         (gradient, "combine.standardise", idle),
@@ -265,11 +259,56 @@ def without_effect(config: Config) -> list[str]:
         (not _apart(config), "combine.batch_norm", idle),
         (not _apart(config) or ranked, "combine.std_floor", "combine.rule is rank" if ranked else idle),
         (gradient, "combine.gates", idle),
-        (gradient or not config.combine.constraints.values, "combine.constraints", "combine.constraints.values is empty"),
+        (
+            gradient or not config.combine.constraints.values,
+            "combine.constraints",
+            "combine.constraints.values is empty",
+        ),
         (ranked and config.combine.par.enabled, "combine.par", "it keeps the order, and combine.rule is rank"),
         (ranked, "advantage.std", "combine.rule is rank"),
         (ranked, "advantage.eps", "combine.rule is rank"),
         (ranked, "advantage.std_floor", "combine.rule is rank"),
+    ]
+
+
+def _backprop_cases(config: Config) -> list[Case]:
+    sampler, backprop, kind = config.sampler, config.backprop, config.objective.type
+    gradient = kind == "reward_gradient"
+    return [
+        (not gradient, "backprop", f"objective.type is {kind}"),
+        (not gradient, "loss", f"objective.type is {kind}"),
+        (
+            backprop.truncation != "gaussian",
+            "backprop.truncation_mean",
+            f"backprop.truncation is {backprop.truncation}",
+        ),
+        (backprop.truncation != "gaussian", "backprop.truncation_std", f"backprop.truncation is {backprop.truncation}"),
+        (backprop.truncation != "fixed", "backprop.k", f"backprop.truncation is {backprop.truncation}"),
+        (backprop.steps != "late_biased", "backprop.late_bias", f"backprop.steps is {backprop.steps}"),
+        (
+            backprop.stop_window(sampler.num_steps) == 1,
+            "backprop.cut_ratio",
+            f"it is less than a step and a half of {sampler.num_steps}",
+        ),
+        (backprop.most_active(sampler.num_steps) == 1, "backprop.jacobian", "an image has one active step"),
+        (
+            sampler.guidance_scale == 1,
+            "backprop.guidance_gradient",
+            "sampler.guidance_scale is 1",
+        ),
+    ]
+
+
+def without_effect(config: Config) -> list[str]:
+    """Settings that differ from their defaults and that nothing will read, each with the reason: notes, not errors.
+
+    A layer may well set what a later layer switches off, so these are said and not refused.
+    """
+    sampler, optim, plain = config.sampler, config.optim, type(config)()
+    values = config.credit.needs_values or sampler.psi is not None
+    kind = config.objective.type
+    cases = [
+        *_combine_cases(config),
         (sampler.plan not in ("window", "sliding"), "sampler.window_size", f"sampler.plan is {sampler.plan}"),
         (sampler.plan not in ("window", "sliding"), "sampler.window_range", f"sampler.plan is {sampler.plan}"),
         (sampler.plan != "sliding", "sampler.window_every", f"sampler.plan is {sampler.plan}"),
@@ -286,23 +325,7 @@ def without_effect(config: Config) -> list[str]:
         (config.advantage.baseline == "history", "advantage.min_valid", "advantage.baseline is history"),
         (kind in ("reward_difference", "reward_gradient"), "advantage", f"objective.type is {kind}"),
         (kind in ("reward_difference", "reward_gradient"), "selection", f"objective.type is {kind}"),
-        (not gradient, "backprop", f"objective.type is {kind}"),
-        (not gradient, "loss", f"objective.type is {kind}"),
-        (backprop.truncation != "gaussian", "backprop.truncation_mean", f"backprop.truncation is {backprop.truncation}"),
-        (backprop.truncation != "gaussian", "backprop.truncation_std", f"backprop.truncation is {backprop.truncation}"),
-        (backprop.truncation != "fixed", "backprop.k", f"backprop.truncation is {backprop.truncation}"),
-        (backprop.steps != "late_biased", "backprop.late_bias", f"backprop.steps is {backprop.steps}"),
-        (
-            backprop.stop_window(sampler.num_steps) == 1,
-            "backprop.cut_ratio",
-            f"it is less than a step and a half of {sampler.num_steps}",
-        ),
-        (backprop.most_active(sampler.num_steps) == 1, "backprop.jacobian", "an image has one active step"),
-        (
-            sampler.guidance_scale == 1,
-            "backprop.guidance_gradient",
-            "sampler.guidance_scale is 1",
-        ),
+        *_backprop_cases(config),
         (config.selection.rule == "all", "selection.pos_threshold", "selection.rule is all"),
         (config.selection.rule == "all", "selection.neg_threshold", "selection.rule is all"),
         (sampler.grid != "linspace_shift", "sampler.shift", f"sampler.grid is {sampler.grid}"),

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import curves
-from curves import ROOT, Rows, place, spread
+from curves import ROOT, Rows, finals_of, place, spread
 from rich.console import Console
 
 from align.config import Config, load_config
 from align.loops import iteration_of
-from align.run import environment, start
-from align.runfolder import metric_rows
+from align.run import start
 
 RESULTS = ROOT / "benchmarks" / "results" / "backprop_learning.json"
 PROXY = ["rewards.proxy.type=proxy", "rewards.verifier.weight=0"]
@@ -63,15 +62,7 @@ SCALES = "0.25,0.5,0.75,1"
 
 def empty() -> dict[str, Any]:
     """A result file without a run."""
-    machine = environment()
-    return {
-        "command": "python benchmarks/backprop_learning.py run",
-        "config": {name: [config, *overrides] for name, (config, overrides) in METHODS.items()},
-        "seeds": [],
-        "machine": machine,
-        "versions": machine["versions"],
-        "rows": [],
-    }
+    return curves.empty_result("backprop_learning.py", METHODS)
 
 
 def load() -> dict[str, Any]:
@@ -87,26 +78,13 @@ def settings(method: str, *more: str) -> Config:
 
 def run(methods: list[str], seeds: list[int], scratch: Path) -> None:
     """Every (seed, method) that the result file lacks and no other process works on, one after the other."""
-    for seed in seeds:
-        for method in methods:
-            name = f"{method}-{seed}"
-            with curves.claimed(scratch / "locks" / name) as mine:
-                if not mine or any(r["method"] == method and r.get("seed") == seed for r in load()["rows"]):
-                    continue
-                config, overrides = METHODS[method]
-                curves.train(config, overrides, name, seed, scratch)
-                add(method, seed, scratch / name)
+    curves.run_missing({method: METHODS[method] for method in methods}, seeds, scratch, load, add)
 
 
 def add(method: str, seed: int, folder: Path) -> None:
     """Append one finished run: curves and final scores by gold and proxy, and means of what the loop reports."""
     rows = curves.run_rows(method, seed, folder) + curves.run_rows(method, seed, folder, "proxy")
-    trained = [r for r in metric_rows(folder / "metrics.jsonl")[0] if r["kind"] == "train"]
-    for key in STATISTICS:
-        values = [r[key] for r in trained if r.get(key) is not None]
-        if values:
-            row = {"method": method, "seed": seed, "kind": "statistic", "metric": key, "n": len(values)}
-            rows.append(row | {"mean": statistics.mean(values)})
+    rows += curves.statistic_rows(method, seed, folder, STATISTICS)
     curves.append(RESULTS, rows, empty)
 
 
@@ -187,12 +165,6 @@ def show() -> None:
         "From `benchmarks/results/backprop_learning.json`.",
     ]
     place(ROOT / "docs" / "methods" / "reward-backprop.md", "\n\n".join(text))
-
-
-def finals_of(rows: Rows, method: str, metric: str) -> Rows:
-    """The final rows of a method by seed."""
-    found = [r for r in rows if r["kind"] == "final" and r["method"] == method and r["metric"] == metric]
-    return sorted(found, key=lambda r: r["seed"])
 
 
 def mean_curve(rows: Rows, method: str, metric: str) -> list[tuple[int, float]]:

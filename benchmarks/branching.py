@@ -16,7 +16,7 @@ from typing import Any
 
 import curves
 import torch
-from curves import ROOT, Rows, change_at, place, spread
+from curves import ROOT, Rows, change_at, finals_of, place, spread
 
 from align.config import load_resolved
 from align.evaluate import sample_images
@@ -24,7 +24,6 @@ from align.models.base import load_model
 from align.playground.diversity import embedding_diversity, layout_diversity, read_layouts
 from align.playground.proxy import embed_images, load_proxy
 from align.prompts import load_prompts
-from align.run import environment
 from align.runfolder import metric_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "branching.json"
@@ -71,15 +70,7 @@ PROMPTS, IMAGES = 48, 4
 
 def empty() -> dict[str, Any]:
     """A result file without a run."""
-    machine = environment()
-    return {
-        "command": "python benchmarks/branching.py run",
-        "config": {name: [config, *overrides] for name, (config, overrides) in METHODS.items()},
-        "seeds": [],
-        "machine": machine,
-        "versions": machine["versions"],
-        "rows": [],
-    }
+    return curves.empty_result("branching.py", METHODS)
 
 
 def load() -> dict[str, Any]:
@@ -89,26 +80,13 @@ def load() -> dict[str, Any]:
 
 def run(methods: list[str], seeds: list[int], scratch: Path) -> None:
     """Every (seed, method) that the result file lacks and no other process works on, one after the other."""
-    for seed in seeds:
-        for method in methods:
-            name = f"{method}-{seed}"
-            with curves.claimed(scratch / "locks" / name) as mine:
-                if not mine or any(r["method"] == method and r["seed"] == seed for r in load()["rows"]):
-                    continue
-                config, overrides = METHODS[method]
-                curves.train(config, overrides, name, seed, scratch)
-                add(method, seed, scratch / name)
+    curves.run_missing({method: METHODS[method] for method in methods}, seeds, scratch, load, add)
 
 
 def add(method: str, seed: int, folder: Path) -> None:
     """Append one finished run: curves and final scores by gold and proxy, and the diversity of its checkpoints."""
     rows = curves.run_rows(method, seed, folder) + curves.run_rows(method, seed, folder, "proxy")
-    trained = [r for r in metric_rows(folder / "metrics.jsonl")[0] if r["kind"] == "train"]
-    for key in STATISTICS:
-        values = [r[key] for r in trained if r.get(key) is not None]
-        if values:
-            row = {"method": method, "seed": seed, "kind": "statistic", "metric": key, "n": len(values)}
-            rows.append(row | {"mean": statistics.mean(values)})
+    rows += curves.statistic_rows(method, seed, folder, STATISTICS)
     curves.append(RESULTS, rows + diversity(method, seed, folder), empty)
 
 
@@ -164,12 +142,6 @@ def show() -> None:
         text += ["Each run:\n\n" + single_runs(rows, list(colours))]
         text += ["From `benchmarks/results/branching.json`; seconds were taken while other work shared the machine."]
         place(ROOT / "docs" / "methods" / f"{page}.md", "\n\n".join(text))
-
-
-def finals_of(rows: Rows, method: str, metric: str) -> Rows:
-    """The final rows of a method by seed."""
-    found = [r for r in rows if r["kind"] == "final" and r["method"] == method and r["metric"] == metric]
-    return sorted(found, key=lambda r: r["seed"])
 
 
 def curve_of(rows: Rows, method: str, metric: str, seed: int) -> Rows:

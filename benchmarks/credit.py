@@ -24,7 +24,6 @@ import curves
 from curves import ROOT, Rows, change_at, place, spread
 
 from align.psi_chart import draw_chart
-from align.run import environment
 from align.runfolder import metric_rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "credit.json"
@@ -67,15 +66,7 @@ KEPT = ("credit/", "values/", "gain/")
 
 def empty() -> dict[str, Any]:
     """A result file without a run."""
-    machine = environment()
-    return {
-        "command": "python benchmarks/credit.py run",
-        "config": {name: [config, *overrides] for name, (config, overrides) in METHODS.items()},
-        "seeds": [],
-        "machine": machine,
-        "versions": machine["versions"],
-        "rows": [],
-    }
+    return curves.empty_result("credit.py", METHODS)
 
 
 def load() -> dict[str, Any]:

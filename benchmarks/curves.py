@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from align.run import environment
 from align.runfolder import metric_rows
 from align.tracking import write_json
 
@@ -32,6 +33,55 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 def load(path: Path, empty: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result file, or an empty one."""
     return dict(json.loads(path.read_text())) if path.is_file() else empty()
+
+
+def empty_result(script: str, methods: Mapping[str, tuple[str, list[str]]]) -> dict[str, Any]:
+    """A result file without a run, of benchmarks/`script`; methods: name -> configuration and overrides."""
+    machine = environment()
+    return {
+        "command": f"python benchmarks/{script} run",
+        "config": {name: [config, *overrides] for name, (config, overrides) in methods.items()},
+        "seeds": [],
+        "machine": machine,
+        "versions": machine["versions"],
+        "rows": [],
+    }
+
+
+def run_missing(
+    methods: Mapping[str, tuple[str, list[str]]],
+    seeds: Sequence[int],
+    scratch: Path,
+    load: Callable[[], dict[str, Any]],
+    add: Callable[[str, int, Path], None],
+) -> None:
+    """Every (seed, method) that the result file lacks and no other process works on, one after the other."""
+    for seed in seeds:
+        for method, (config, overrides) in methods.items():
+            name = f"{method}-{seed}"
+            with claimed(scratch / "locks" / name) as mine:
+                if not mine or any(r["method"] == method and r.get("seed") == seed for r in load()["rows"]):
+                    continue
+                train(config, overrides, name, seed, scratch)
+                add(method, seed, scratch / name)
+
+
+def statistic_rows(method: str, seed: int, folder: Path, keys: Sequence[str]) -> Rows:
+    """Means over a run's iterations of the training metrics `keys`, those that it has."""
+    trained = [r for r in metric_rows(folder / "metrics.jsonl")[0] if r["kind"] == "train"]
+    rows: Rows = []
+    for key in keys:
+        values = [r[key] for r in trained if r.get(key) is not None]
+        if values:
+            row = {"method": method, "seed": seed, "kind": "statistic", "metric": key, "n": len(values)}
+            rows.append(row | {"mean": statistics.mean(values)})
+    return rows
+
+
+def finals_of(rows: Rows, method: str, metric: str) -> Rows:
+    """The final rows of a method by seed."""
+    found = [r for r in rows if r["kind"] == "final" and r["method"] == method and r["metric"] == metric]
+    return sorted(found, key=lambda r: r["seed"])
 
 
 def append(path: Path, rows: Rows, empty: Callable[[], dict[str, Any]]) -> None:
