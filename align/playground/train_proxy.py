@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the network")
     options: tuple[tuple[str, Callable[[str], Any], str], ...] = (
         ("seed", int, "of the first weights, the batches and the share of the pool"),
+        ("pool", int, "scenes that all members draw their share from"),
         ("share", float, "part of the pool of scenes that this member sees"),
         ("patch_size", int, "of the vision transformer, in pixels"),
         ("shuffled", float, "part of the scenes with another's captions"),
