@@ -47,7 +47,7 @@ class InstanceDetector:
     def setup(self, owner: str, device: torch.device) -> None:
         """Load in float32. Raises: RewardError, with the reward's name `owner`, if a package or the weights are missing."""
         if find_spec("scipy") is None:
-            raise RewardError(f"reward '{owner}' needs scipy for its detector: pip install scipy")
+            raise RewardError(f"reward '{owner}' needs scipy for its detector: pip install 'flow-align[geneval]'")
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         path = Path(self.source).expanduser()

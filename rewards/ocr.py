@@ -21,7 +21,7 @@ Recogniser = Callable[[np.ndarray], Lines]
 _QUOTED = re.compile(r'["“”]([^"“”]*)["“”]')
 _PACKAGES = {"rapidocr": "rapidocr_onnxruntime", "paddleocr": "paddleocr", "tesseract": "pytesseract"}
 _INSTALL = (
-    "pip install rapidocr-onnxruntime (brings its models), or paddleocr with paddlepaddle, "
+    "pip install 'flow-align[ocr]' (brings rapidocr and its models), or paddleocr with paddlepaddle, "
     "or pytesseract with the program tesseract"
 )
 

@@ -125,7 +125,7 @@ def test_wrong_arguments_and_a_missing_package_are_named():
     with pytest.raises(RewardError, match="clip takes model, pretrained and config, not seed"):
         GenEvalReward(clip={"seed": 3})
     if find_spec("scipy") is None:
-        with pytest.raises(RewardError, match="'geneval' needs scipy for its detector: pip install scipy"):
+        with pytest.raises(RewardError, match=r"'geneval' needs scipy for its detector: pip install 'flow-align\[geneval\]'"):
             GenEvalReward().setup(CPU, FP32)
 
 

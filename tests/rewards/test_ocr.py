@@ -75,7 +75,7 @@ def test_wrong_arguments_and_a_missing_program_are_named():
     with pytest.raises(RewardError, match="language needs engine"):
         OCRReward(language="de")
     if find_spec("pytesseract") is None:
-        with pytest.raises(RewardError, match="'ocr': pytesseract is not installed: pip install rapidocr-onnxruntime"):
+        with pytest.raises(RewardError, match=r"'ocr': pytesseract is not installed: pip install 'flow-align\[ocr\]'"):
             OCRReward(engine="tesseract").setup(CPU, FP32)
     with pytest.raises(RewardError, match="before setup"):
         OCRReward().score(_signs(["OPEN"]))
