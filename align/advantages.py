@@ -59,18 +59,27 @@ class AdvantageConfig:
 
 
 def group_advantages(
-    rewards: Tensor, valid: Tensor, group_ids: Tensor, config: AdvantageConfig
+    rewards: Tensor,
+    valid: Tensor,
+    group_ids: Tensor,
+    config: AdvantageConfig,
+    weights: Tensor | None = None,
+    doubt: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Normalise rewards within groups, per step.
 
     Statistics are in float64 on the CPU. Invalid or non-finite entries get advantage 0 and enter no statistic; a group
     whose valid rewards are all equal at a step gets exactly 0 there and leaves the other groups and steps as they are.
+    With `weights` the mean is sum(w R) / sum(w) and the std that about it, so that sum(w A) is 0 in every group; with
+    `doubt` a reward is first lowered by `doubt` standard deviations of its group.
 
     Args:
         rewards: (N,) or (N, S) rewards of all samples of the iteration, NaN where missing.
         valid: (N,) bool, False for samples without a usable score.
         group_ids: (N,) integers, equal for the samples that are compared with each other; any values, any order.
         config: see `AdvantageConfig`.
+        weights: (N,) float64 above 0, how much each sample counts in the statistics; all equally without them.
+        doubt: (N,) float64; see `align.uncertainty`.
 
     Returns:
         advantages: same shape and device as `rewards`, float32, in [-clip, clip].
@@ -94,12 +103,14 @@ def group_advantages(
     _, group = torch.unique(group_ids.detach().cpu(), return_inverse=True)
     num_groups = int(group.max()) + 1 if group.numel() else 0
 
-    count, mean, group_std = group_moments(values, present, group, num_groups)
-    usable = count >= config.min_valid
     spread = _group_spread(values, present, group, num_groups)
+    if doubt is not None:
+        values = _lowered(values, present, group, num_groups, doubt)
+    count, mean, group_std = group_moments(values, present, group, num_groups, weights)
+    usable = count >= config.min_valid
     # Equal rewards can differ from their rounded mean by an ulp, so zero spread is decided by max - min.
     informative = usable & (spread > 0)
-    std = group_std if config.std == "group" else _masked_std(values, present).expand_as(group_std)
+    std = group_std if config.std == "group" else _masked_std(values, present, weights).expand_as(group_std)
     scale = std.clamp_min(config.std_floor) + config.eps
     raw = (values - mean[group]) / scale[group]
     raw = raw.where(present & informative[group], 0.0)
@@ -117,14 +128,55 @@ def group_advantages(
     return advantages.reshape(rewards.shape).to(rewards.device, torch.float32), stats
 
 
-def group_moments(values: Tensor, present: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and population std (groups, S) of the present values (N, S), in two passes so that offsets cancel."""
+def weighted_centre(
+    values: Tensor, present: Tensor, group_ids: Tensor, weights: Tensor | None, doubt: Tensor | None
+) -> Tensor:
+    """Values (N, S) lowered by `doubt` and less their weighted mean in the group, without dividing by a std.
+
+    present: (N, S) bool; the others, and groups whose values are all equal, are 0. See `group_advantages`.
+    """
+    values = values.double().where(present, 0.0)
+    _, group = torch.unique(group_ids, return_inverse=True)
+    number = int(group.max()) + 1 if group.numel() else 0
+    varied = (_group_spread(values, present, group, number) > 0)[group]
+    if doubt is not None:
+        values = _lowered(values, present, group, number, doubt)
+    mean = group_moments(values, present, group, number, weights)[1]
+    return (values - mean[group]).where(present & varied, 0.0)
+
+
+def group_moments(
+    values: Tensor, present: Tensor, group: Tensor, num_groups: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and population std (groups, S) of the present values (N, S), in two passes so that offsets cancel.
+
+    weights: (N,) of the mean and of the squares about it; the count is of samples all the same.
+    """
     zeros = values.new_zeros(num_groups, values.shape[1])
     count = zeros.index_add(0, group, present.double())
-    mean = zeros.index_add(0, group, values) / count.clamp_min(1)
+    if weights is None:
+        total, weight = count.clamp_min(1), present.double()
+    else:
+        weight = weights.unsqueeze(1) * present
+        total = zeros.index_add(0, group, weight)
+        total = total.where(total > 0, 1.0)
+    mean = zeros.index_add(0, group, weight * values) / total
     centred = (values - mean[group]).where(present, 0.0)
-    std = (zeros.index_add(0, group, centred.square()) / count.clamp_min(1)).sqrt()
+    std = (zeros.index_add(0, group, weight * centred.square()) / total).sqrt()
     return count, mean, std
+
+
+def _lowered(values: Tensor, present: Tensor, group: Tensor, num_groups: int, doubt: Tensor) -> Tensor:
+    """Values (N, S) less `doubt` (N,) in standard deviations of their group, 0 where not present.
+
+    By how far the doubt is from its group's mean: what all of a group share cancels in its advantages, and would only
+    widen the std of the whole iteration.
+    """
+    std = group_moments(values, present, group, num_groups)[2]
+    std = std.where(_group_spread(values, present, group, num_groups) > 0, 0.0)
+    shared = doubt.unsqueeze(1).expand_as(values).where(present, 0.0)
+    apart = shared - group_moments(shared, present, group, num_groups)[1][group]
+    return (values - apart * std[group]).where(present, 0.0)
 
 
 def _group_spread(values: Tensor, present: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -136,11 +188,13 @@ def _group_spread(values: Tensor, present: Tensor, group: Tensor, num_groups: in
     return largest - smallest
 
 
-def _masked_std(values: Tensor, present: Tensor) -> Tensor:
-    """Population std (S,) over the present values of each column."""
-    count = present.sum(0).clamp_min(1)
-    centred = (values - values.sum(0) / count).where(present, 0.0)
-    return (centred.square().sum(0) / count).sqrt()
+def _masked_std(values: Tensor, present: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Population std (S,) over the present values of each column, of which each counts by its weight (N,)."""
+    weight = present.double() if weights is None else weights.unsqueeze(1) * present
+    total = weight.sum(0)
+    total = total.where(total > 0, 1.0)
+    centred = (values - (weight * values).sum(0) / total).where(present, 0.0)
+    return ((weight * centred.square()).sum(0) / total).sqrt()
 
 
 def _share(part: Tensor, whole: Tensor | int) -> float:

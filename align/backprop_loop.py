@@ -11,6 +11,7 @@ from torch import Tensor
 
 from align.backprop_metrics import Sums, add_up, iteration_metrics, known_scores, value_scale
 from align.collect import Report, guided, initial_states, step_noise
+from align.confidence import doubtful_losses
 from align.errors import UserError
 from align.geometry import local_order
 from align.models.base import Conditioning, ImageModel
@@ -43,6 +44,7 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
     shares = [local_order(run.shape, rank, seed, iteration) for rank in range(run.shape.processes)]
     sums: Sums = defaultdict(float)
     tables = {name: torch.full((run.shape.samples,), float("nan")) for name in run.config.rewards}
+    extras: dict[str, Tensor] = {}
     norms: list[float] = []
     for number, mine in enumerate(shares[run.accelerator.process_index]):
         run.optimizer.zero_grad(set_to_none=True)
@@ -53,6 +55,8 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
         everyone = [i for share in shares for i in share[number]]
         for name, values in scores.values.items():
             tables[name][everyone] = values[everyone]
+        for key, values in scores.extras.items():
+            extras.setdefault(key, torch.full((run.shape.samples,), float("nan")))[everyone] = values[everyone]
         if number == 0 and run.stop_requested():
             raise Interrupted
         with _timed(run, sums, "time/train"):
@@ -62,7 +66,7 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
                 run.counters.updates += 1
                 run.counters.empty_updates += 1
     run.counters.iteration += 1
-    return iteration_metrics(run, tables, sums, norms)
+    return iteration_metrics(run, tables, extras, sums, norms)
 
 
 def _learnable(run: Run, known: Tensor) -> bool:
@@ -84,7 +88,7 @@ def _gradients(
     run: Run, samples: list[int], prompts: list[Prompt], sums: Sums, report: Report
 ) -> dict[str, Tensor] | RewardError:
     """Add the gradients of this process's samples of an update; their raw scores (n,), or the failure of a reward."""
-    scores: dict[str, list[Tensor]] = {name: [] for name in run.config.rewards}
+    scores = {name: torch.full((len(samples),), float("nan")) for name in run.config.rewards}
     size = run.config.train.rollout_batch
     for start in range(0, len(samples), size):
         some = samples[start : start + size]
@@ -111,6 +115,7 @@ def _gradients(
                     run.counters.iteration,
                     run.config.loss,
                     watched=len(some),
+                    doubtful=doubtful_losses(run),
                 )
             except RewardError as problem:
                 return problem
@@ -119,12 +124,14 @@ def _gradients(
         held = run.config.sampler.guidance_scale != 1 and run.config.backprop.guidance_gradient != "both"
         if held and run.main and sums["samples"] == 0:
             _unconditional_drift(run, chain, plan, sums)
-        for name, values in image.scores.items():
-            scores[name].append(values[: len(some)])
+        for name, values in (image.scores | image.extras).items():
+            # what a reward said beside its score may be of some images only
+            column = scores.setdefault(name, torch.full((len(samples),), float("nan")))
+            column[start : start + len(some)] = values[: len(some)]
         add_up(run, sums, chain, plan, image, back, len(some))
         report("differentiating", int(sums["samples"]), run.shape.local_samples)
     _rescale(run)
-    return {name: torch.cat(parts) for name, parts in scores.items()}
+    return scores
 
 
 def _rescale(run: Run) -> None:

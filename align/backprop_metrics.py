@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from align.collect import passes
+from align.confidence import doubtful_metrics, ensemble_spread
 from align.reward_loss import ImageGradient
 from align.run import Run
+from align.scoring import extra_means
 from rewards.combine import combine
 from samplers.differentiable import Backward, Chain
 from samplers.gradient_plan import GradientPlan
@@ -62,7 +64,9 @@ def _weights(run: Run) -> dict[str, float]:
     return {name: reward.weight for name, reward in run.config.rewards.items()}
 
 
-def iteration_metrics(run: Run, tables: dict[str, Tensor], sums: Sums, norms: list[float]) -> dict[str, float]:
+def iteration_metrics(
+    run: Run, tables: dict[str, Tensor], extras: dict[str, Tensor], sums: Sums, norms: list[float]
+) -> dict[str, float]:
     """Metrics of the iteration under the fixed names, over all processes; moves the counters on."""
     keys = ["nfe", "rollout", "samples", "images", *_NAMES]
     table = torch.tensor([sums[k] for k in keys], dtype=torch.float64, device=run.accelerator.device)
@@ -79,7 +83,7 @@ def iteration_metrics(run: Run, tables: dict[str, Tensor], sums: Sums, norms: li
         "seconds": run.counters.seconds,
         "nfe": run.counters.nfe,
     }
-    metrics |= times
+    metrics |= times | extra_means(extras, tables) | ensemble_spread(run, extras) | doubtful_metrics(run, extras)
     if not norms:
         return metrics
     finite = [n for n in norms if math.isfinite(n)]

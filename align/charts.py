@@ -52,8 +52,10 @@ def line_chart(
     label: str,
     x_label: str,
     reference: tuple[float, str] | None = None,
+    marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """Lines with bands over a common x. `label` names the chart to a screen reader; `reference` is a dashed level."""
+    """Lines with bands over a common x. `label` names the chart to a screen reader; `reference` is a dashed level, `marks`
+    are places on the x-axis with a word each."""
     ys = [v for s in series for v in (*s.y, *s.low, *s.high) if math.isfinite(v)]
     xs = [v for s in series for v in s.x if math.isfinite(v)]
     if reference is not None:
@@ -64,6 +66,8 @@ def line_chart(
         parts.append(_band(axes, s))
     if reference is not None:
         parts.append(_reference(axes, *reference))
+    for mark in marks:
+        parts.append(_mark(axes, *mark))
     for s in series:
         parts.append(_line(axes, s))
         if s.points:
@@ -246,6 +250,16 @@ def _reference(axes: Axes, level: float, text: str) -> str:
     return (
         f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text class="note" x="{WIDTH - RIGHT}" y="{above:.1f}" text-anchor="end">{escape(text)}</text>'
+    )
+
+
+def _mark(axes: Axes, place: float, text: str) -> str:
+    x = axes.px(place)
+    right = x < (LEFT + WIDTH - RIGHT) / 2
+    return (
+        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="mark" x="{x + (5 if right else -5):.1f}" y="{TOP + 9}" '
+        f'text-anchor="{"start" if right else "end"}">{escape(text)}</text>'
     )
 
 

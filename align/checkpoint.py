@@ -17,6 +17,7 @@ from torch import Tensor
 
 from align.errors import UserError
 from align.models.base import ImageModel, quiet
+from align.models.controlnet import ControlNetSDModel
 from align.tracking import write_json
 
 PREFIX = "iteration-"
@@ -60,7 +61,7 @@ def save_checkpoint(
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / "state.safetensors")
     write_json(temporary / "state.json", {**state, "iteration": iteration})
-    write_adapter(model, temporary / "adapter")
+    write_result(model, temporary / model.result_name)
     _sync(temporary)
     os.replace(temporary, final)
     for old in checkpoints(run_dir)[:-keep]:
@@ -112,6 +113,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict(full)
 
 
+def write_result(model: ImageModel, folder: Path) -> None:
+    """What the run trains, as diffusers saves it: the ControlNet of a model that trains one, else the LoRA."""
+    if isinstance(model, ControlNetSDModel):
+        model.write_result(folder)
+    else:
+        write_adapter(model, folder)
+
+
 def write_adapter(model: ImageModel, folder: Path) -> None:
     """The live LoRA as `pytorch_lora_weights.safetensors`, with rank and alpha in its metadata."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,15 +133,20 @@ def write_adapter(model: ImageModel, folder: Path) -> None:
 
 
 def export_adapter(model: ImageModel, folder: Path) -> Path:
-    """Write the adapter, load it back with `load_lora_weights` and compare every value; replaces `folder` atomically.
+    """Write the adapter, load it back with diffusers and compare every value; replaces `folder` atomically.
+
+    A ControlNet is written and checked in the same way.
 
     Raises: RuntimeError if what diffusers loads is not what was trained.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     clean_leftovers(folder.parent)
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-    write_adapter(model, temporary)
-    check_adapter(model, temporary)
+    write_result(model, temporary)
+    if isinstance(model, ControlNetSDModel):
+        model.check_result(temporary)
+    else:
+        check_adapter(model, temporary)
     _sync(temporary)
     if folder.exists():
         _remove(folder)

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from align.fit_artifact import fit_artifact_command
+from align.fit_direction import fit_direction_command
 from align.serve import serve_command
 from align.train import print_summary, readable_errors, save_comparison, train_command
 
@@ -19,6 +21,8 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("serve-reward")(serve_command)
+app.command("fit-artifact")(fit_artifact_command)
+app.command("fit-direction")(fit_direction_command)
 
 Target = Annotated[
     str, typer.Argument(help="a run's folder (outputs/NAME), or a model: diffusers folder, hub id, or playground")

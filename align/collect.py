@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from align.judging import Judging
 from align.models.base import Conditioning, ImageModel
 from align.prompts import Prompt
 from align.run import Run
-from align.scoring import Scores, gather_scores, try_score
-from rewards.base import Reward, RewardError
+from align.scoring import Scores
 from samplers.completions import CompletionPlan
 from samplers.noise import BRANCH_STREAM, INITIAL_STREAM, STEP_STREAM, keyed_normal
 from samplers.plans import Plan
@@ -22,7 +22,6 @@ from samplers.rollout import Trajectory, Velocity, rollout, solve
 
 Report = Callable[[str, int, int], None]
 CPU_CHUNK = 128
-SCORED_AT_ONCE = 64
 
 
 @dataclass
@@ -80,11 +79,13 @@ def collect(
     report: Report,
     with_values: bool = False,
     plan: Plan | None = None,
+    offer: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> Batch:
     """Sample this process's images; keeps trajectories and completions only if they are needed.
 
     samples: global indices; sample i belongs to group i // group_size, whose prompt is prompts[group]. Noise is named by
-    (seed, iteration, sample, step). plan: the configured one of this iteration if None.
+    (seed, iteration, sample, step). plan: the configured one of this iteration if None. offer: told the latents of each
+    rollout batch when it is done, see `Judging.offer`.
     """
     config, model = run.config, run.model
     if config.model.encoders == "keep":
@@ -110,6 +111,7 @@ def collect(
                 noise = initial_states(run, owners if config.sampler.shared_start else ids, iteration, seed)
             if config.sampler.kernel == "ode":
                 finals.append(solve(model.velocity, noise, cond, run.grid, config.sampler.solver))
+                done = finals[-1:]
                 nfe += len(ids) * config.sampler.num_steps * passes(config.sampler.guidance_scale)
             else:
                 part = _trajectory(run, noise, cond, plan, ids, owners, iteration, seed, with_values)
@@ -120,8 +122,11 @@ def collect(
                         states[k].append(state)
                 for column, clean in enumerate(part.completions):
                     completions[column].append(clean)
+                done = [*part.completions, part.final]
                 nfe += _evaluations(run, part, len(ids))
             report("sampling", start + len(ids), len(samples))
+            if offer is not None:
+                offer(done)
     return Batch(
         iteration=iteration,
         samples=samples,
@@ -279,48 +284,7 @@ def _rows_that_fit(run: Run, x: Tensor, cond: Conditioning, velocity: Velocity) 
 
 
 def score_values(run: Run, prompts: Sequence[Prompt], batch: Batch, total: int, report: Report) -> Scores:
-    """Scores (total, C) of every process's samples: the S completions, if there are any, then the final image.
-
-    A reward of weight 0 is only watched: it sees the final images alone. With a shared start the first completion is the
-    same for a whole group, and is decoded and judged once.
-    """
-    rewards = {name: run.rewards[name] for name in run.config.rewards}
-    trained = {name: r for name, r in rewards.items() if run.config.rewards[name].weight != 0}
-    columns = [*batch.completions, batch.final]
-    table = {name: torch.full((len(batch.samples), len(columns)), float("nan")) for name in rewards}
-    for c, latents in enumerate(columns):
-        report("scoring", c, len(columns))
-        judges = rewards if c == len(columns) - 1 else trained
-        pointwise = all(reward.kind != "groupwise" for reward in judges.values())
-        once = c == 0 and len(columns) > 1 and run.config.sampler.shared_start and pointwise
-        rows = [batch.groups.index(g) for g in dict.fromkeys(batch.groups)] if once else list(range(len(batch.samples)))
-        found = _judge(run, judges, latents, rows, prompts, batch, pointwise)
-        if isinstance(found, RewardError):
-            return gather_scores(run.accelerator, found, list(rewards), batch.samples, total, (len(columns),))
-        for name, scores in found.items():
-            table[name][:, c] = scores[batch.cond_rows] if once else scores
-    return gather_scores(run.accelerator, table, list(rewards), batch.samples, total, (len(columns),))
-
-
-def _judge(
-    run: Run,
-    judges: dict[str, Reward],
-    latents: Tensor,
-    rows: list[int],
-    prompts: Sequence[Prompt],
-    batch: Batch,
-    pointwise: bool,
-) -> dict[str, Tensor] | RewardError:
-    """Raw scores of `rows` by reward, decoded and judged in pieces that are not kept; or the first failure."""
-    size = max(run.config.train.rollout_batch, SCORED_AT_ONCE) if pointwise else len(rows)
-    pieces: dict[str, list[Tensor]] = {name: [] for name in judges}
-    for start in range(0, len(rows), size):
-        some = rows[start : start + size]
-        images = run.model.decode(latents[some], run.config.train.rollout_batch)
-        owners = [batch.groups[i] for i in some]
-        found = try_score(judges, images, [prompts[g] for g in owners], owners, batch.iteration)
-        if isinstance(found, RewardError):
-            return found
-        for name, scores in found.items():
-            pieces[name].append(scores)
-    return {name: torch.cat(scores) for name, scores in pieces.items()}
+    """Scores (total, C) of every process's samples: the S completions, if there are any, then the final image."""
+    with Judging(run, prompts, batch.samples, batch.iteration, total, report) as judging:
+        judging.offer([*batch.completions, batch.final])
+        return judging.scores()

@@ -21,12 +21,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from align.advantages import AdvantageConfig, group_advantages
+from align.advantages import AdvantageConfig, group_advantages, weighted_centre
 from align.errors import UserError
 from align.schema import nearest
 from align.scoring import Scores
+from align.uncertainty import Confidence
 from rewards.combine import gated, ranks
 from rewards.registry import RewardConfig
+from rewards.uncertainty import STD_FLOOR
 
 CombineRule = Literal["sum", "decoupled", "rank"]
 ConstraintKind = Literal["at_least", "equal"]
@@ -158,6 +160,7 @@ def combined_advantages(
     config: CombineConfig,
     advantage: AdvantageConfig,
     multipliers: Mapping[str, float],
+    confidence: Confidence | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """A = clip(sum_k w_k A_k / sum_k |w_k|, -clip, clip), gates and `batch_norm` between (arXiv 2601.05242).
 
@@ -172,6 +175,7 @@ def combined_advantages(
         config, advantage: `advantage` with group baseline; its `std` and `eps` act on each reward.
         multipliers: of the rewards under a constraint, on their parts and not in the sum of weights: the nearer all are
             to their values, the weaker the whole. `batch_norm` is left out then, as it would undo that.
+        confidence: how far each sample is trusted, which acts on every part and last of all on their mean.
 
     Returns:
         advantages (N, S) float32.
@@ -186,10 +190,15 @@ def combined_advantages(
     for name, weight in used.items():
         floor = config.std_floor.get(name, advantage.std_floor)
         own = dataclasses.replace(advantage, clip=math.inf, std_floor=floor)  # what is clipped is their mean
-        normalised, found = group_advantages(rewards[name], everyone, groups, own)
+        factor = weight * multipliers.get(name, 1.0) / total
+        # a reward that is trained downwards is doubtful where it is too low
+        trusted = confidence.statistics(-1.0 if factor < 0 else 1.0) if confidence is not None else (None, None)
+        normalised, found = group_advantages(rewards[name], everyone, groups, own, *trusted)
         if config.rule == "rank":
             normalised = ranks(rewards[name], groups, advantage.min_valid)
-        parts[name] = normalised.double() * (weight * multipliers.get(name, 1.0) / total)
+            if confidence is not None:
+                normalised = weighted_centre(normalised, ~rewards[name].isnan(), groups, *trusted)
+        parts[name] = normalised.double() * factor
         stats[f"advantage/{name}_zero_spread"] = found["zero_spread_fraction"]
     if config.gates:
         parts = gated(parts, scores, config.gates, groups)
@@ -205,6 +214,8 @@ def combined_advantages(
         spread = (combined.square().sum(0) / present.sum(0).clamp_min(1)).sqrt()
         combined = combined / spread.clamp_min(_LEAST_STD)
     stats["train/zero_spread_fraction"] = _flat_share(combined, present, groups)
+    if confidence is not None:
+        combined = confidence.applied(combined)
     return combined.clamp(-advantage.clip, advantage.clip).float(), stats
 
 
@@ -228,7 +239,8 @@ def base_units(run_dir: Path, names: list[str]) -> dict[str, tuple[float, float]
                 f"combine: the base model's held-out scores of reward '{name}' do not differ, so they give standardise, "
                 "par and constraints no unit; use none of them, or more eval.prompts"
             )
-        units[name] = float(present.mean()), float(present.std(correction=0))
+        # scores that differ by rounding alone must not be spread out to those of a real difference
+        units[name] = float(present.mean()), max(float(present.std(correction=0)), STD_FLOOR)
     return units
 
 
@@ -238,7 +250,7 @@ def standardised(scores: Scores, units: Mapping[str, tuple[float, float]]) -> Sc
         name: ((raw.double() - units[name][0]) / units[name][1]).float() if name in units else raw
         for name, raw in scores.values.items()
     }
-    return Scores(values, scores.valid)
+    return Scores(values, scores.valid, scores.extras)
 
 
 def any_valid(valid: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

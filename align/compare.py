@@ -46,6 +46,7 @@ from align.compare_runs import (
     rows,
     spread,
 )
+from align.confidence import use_stored
 from align.errors import UserError
 from align.grids import format_score
 from align.inference import Share, chosen_prompts, compare, load_target, ready_reward
@@ -192,6 +193,7 @@ def _rewards(found: Comparison, device: torch.device) -> dict[str, Reward]:
             known[label] = settings
             try:
                 rewards[label] = ready_reward(name, RewardConfig(**settings), device)
+                use_stored({name: rewards[label]}, entry.run.path)
             except RewardError as problem:
                 found.notes.append(f"pictures are without this score: {problem}")
     return rewards

@@ -16,8 +16,8 @@ import torch
 from align.config import CONFIG_DIR, Config
 from align.errors import UserError
 from align.evaluate import paired_interval
-from align.report import Score, cost_so_far, held_out_scores, iterations_done, parse_config
-from align.runfolder import MARKS, NAN, RunFolder, column, number_of, read_run
+from align.report import Score, cost_so_far, held_out_scores, iterations_done
+from align.runfolder import MARKS, NAN, RunFolder, column, number_of, parse_config, read_run
 from align.schema import flattened
 
 BASE = "base"

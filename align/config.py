@@ -15,7 +15,9 @@ from yaml import YAMLError
 from align.advantages import AdvantageConfig
 from align.combination import CombineConfig
 from align.config_checks import validate
+from align.control_loss import ConsistencyConfig
 from align.credit import CreditConfig
+from align.diversity import DiversityConfig
 from align.early_stop import EarlyStopConfig
 from align.errors import UserError
 from align.models.base import ModelConfig
@@ -23,6 +25,7 @@ from align.objectives import ObjectiveConfig
 from align.reward_loss import LossConfig
 from align.schema import build, nearest
 from align.selection import SelectionConfig
+from align.uncertainty import UncertaintyConfig
 from rewards.registry import RewardConfig
 from samplers.calibration import CalibrationConfig
 from samplers.completions import CompletionConfig
@@ -36,7 +39,8 @@ CONFIG_DIR = _REPOSITORY if _REPOSITORY.is_dir() else Path(__file__).parent / "c
 @dataclass
 class PromptsConfig:
     """Where prompts come from: a .txt (one a line), a .jsonl ({"prompt": ..., "metadata": {}}), `playground:train`, or
-    `playground:train:48` for another number of them."""
+    `playground:train:48` for another number of them. With real images and conditions: a .jsonl of lines {"prompt": ...,
+    "image": FILE, "condition": FILE, "labels": FILE}, or `playground:train_scenes`."""
 
     train: str = "playground:train"
     """Prompts that are trained on, visited in a seeded random order without repetition within an epoch."""
@@ -94,6 +98,10 @@ class TrainConfig:
     """Images sampled and decoded at once on one process; results do not depend on it."""
     max_invalid_fraction: float = 0.2
     """Share of missing scores above which an iteration is skipped; three skips in a row stop the run."""
+    async_scoring: bool = False
+    """Judge what is sampled in a thread, while the rest is being sampled; the scores are the same."""
+    scoring_timeout: float = 600.0
+    """Seconds without an answer of a reward after which all that is not yet judged counts as missing (`async_scoring`)."""
 
 
 @dataclass
@@ -114,6 +122,10 @@ class EvalConfig:
     """Seed of the evaluation noise."""
     grid_prompts: int = 8
     """Rows of the comparison grid."""
+    pictures: int = 4
+    """Pictures of the first prompts kept at every evaluation, at most 256 pixels long, which show what the rewards hide; of
+    the base there are `grid_prompts`."""
+    diversity: DiversityConfig = field(default_factory=DiversityConfig)
 
 
 @dataclass
@@ -150,11 +162,13 @@ class Config:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
     combine: CombineConfig = field(default_factory=CombineConfig)
+    uncertainty: UncertaintyConfig = field(default_factory=UncertaintyConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     backprop: BackpropConfig = field(default_factory=BackpropConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -6,6 +6,8 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from align.combination import PAR_FLOOR
+from align.control_checks import OBJECTIVE as CONTROL
+from align.control_checks import control_cases, control_errors
 from samplers.plans import suffix_length
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def validate(config: Config) -> list[str]:
     errors += [f"calibration.{line}" for line in config.calibration.validate()]
     errors += [f"credit.{line}" for line in config.credit.validate()]
     errors += [f"combine.{line}" for line in config.combine.validate(config.rewards)]
+    errors += [f"uncertainty.{line}" for line in config.uncertainty.validate(config.rewards)]
     errors += [f"advantage.{line}" for line in config.advantage.validate()]
     errors += [f"selection.{line}" for line in config.selection.validate()]
     errors += [f"objective.{line}" for line in config.objective.validate(config.sampler.num_steps)]
@@ -28,10 +31,13 @@ def validate(config: Config) -> list[str]:
         errors += [f"loss.{line}" for line in config.loss.validate(config.rewards)]
     watch = (config.rewards, config.eval_rewards, config.eval.every)
     errors += [f"early_stop.{line}" for line in config.early_stop.validate(*watch)]
+    errors += [f"eval.diversity.{line}" for line in config.eval.diversity.validate()]
     for kind, group in (("rewards", config.rewards), ("eval_rewards", config.eval_rewards)):
         for name, reward in group.items():
             errors += [f"{kind}.{name}.{line}" for line in reward.validate()]
-    if not config.rewards:
+    if config.objective.type == CONTROL:
+        pass  # its reward is consistency.network
+    elif not config.rewards:
         errors.append("rewards: none given; add for example  rewards: {verifier: {type: verifier}}")
     elif all(r.weight == 0 for r in config.rewards.values()):
         errors.append("rewards: every weight is 0, so there is nothing to learn")
@@ -44,7 +50,7 @@ def validate(config: Config) -> list[str]:
 
 def _alone(config: Config) -> bool:
     """Whether an image is trained without others of its prompt."""
-    return config.advantage.baseline == "history" or config.objective.type == "reward_gradient"
+    return config.advantage.baseline == "history" or config.objective.type in ("reward_gradient", CONTROL)
 
 
 def _minimums(config: Config) -> list[str]:
@@ -52,7 +58,7 @@ def _minimums(config: Config) -> list[str]:
         "train.iterations": 1, "train.prompts_per_iteration": 1, "train.micro_batch": 1,
         "train.group_size": 1 if _alone(config) else 2, "train.inner_epochs": 1,
         "train.updates_per_iteration": 1, "train.rollout_batch": 1, "train.seed": 0, "eval.every": 0, "eval.during": 1,
-        "eval.prompts": 1, "eval.num_steps": 1, "eval.grid_prompts": 1, "eval.seed": 0, "checkpoint.every": 1,
+        "eval.prompts": 1, "eval.num_steps": 1, "eval.grid_prompts": 1, "eval.pictures": 0, "eval.seed": 0, "checkpoint.every": 1,
         "checkpoint.keep": 1, "optim.ema_every": 1, "optim.warmup_updates": 0,
     }  # fmt: skip
     errors = []
@@ -69,6 +75,8 @@ def _minimums(config: Config) -> list[str]:
             errors.append(f"optim.{key}: must be between 0 and 1, got {getattr(config.optim, key)}")
     if not 0 <= config.train.max_invalid_fraction <= 1:
         errors.append(f"train.max_invalid_fraction: must be between 0 and 1, got {config.train.max_invalid_fraction}")
+    if not config.train.scoring_timeout > 0:
+        errors.append(f"train.scoring_timeout: must be positive, got {config.train.scoring_timeout}")
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         errors.append(f"optim.betas: both must be in [0, 1), got {list(config.optim.betas)}")
     if config.optim.weight_decay < 0:
@@ -106,7 +114,8 @@ def _combinations(config: Config) -> list[str]:
     if config.sampler.kernel == "ode" and config.sampler.psi is not None:
         errors.append("sampler.psi: kernel 'ode' has no noise to set; remove psi")
     errors += _credit_errors(config) + _one_reward_errors(config) + _combine_errors(config)
-    errors += _pair_errors(config) + _backprop_errors(config)
+    errors += _pair_errors(config) + _backprop_errors(config) + _uncertainty_errors(config)
+    errors += control_errors(config)
     chosen, clip = config.selection, config.advantage.clip
     if chosen.rule == "extremes" and chosen.pos_threshold > clip and chosen.neg_threshold < -clip:
         errors.append(
@@ -214,6 +223,56 @@ def _pair_errors(config: Config) -> list[str]:
     return errors
 
 
+def _uncertainty_errors(config: Config) -> list[str]:
+    """Weights act on advantages of groups or on the losses of images, a gated penalty needs a penalty."""
+    settings, objective = config.uncertainty, config.objective
+    kind, errors = objective.type, []
+    if settings.mode == "weight":
+        if kind == "reward_difference":
+            errors.append("uncertainty.mode: weight acts on advantages, and reward_difference regresses on raw rewards")
+        elif kind != "reward_gradient" and config.advantage.baseline == "history":
+            errors.append(
+                "uncertainty.mode: weight needs the uncertainty of everything an image is compared with, and "
+                "advantage.baseline history keeps past rewards alone; use group"
+            )
+        if kind == "reward_gradient" and "rank_disagreement" in settings.sources:
+            errors.append("uncertainty.sources: rank_disagreement compares a group, and reward_gradient trains alone")
+        watched = [n for n in settings.native_of if n in config.rewards and config.rewards[n].weight == 0]
+        if kind == "reward_gradient" and watched:
+            errors.append(
+                f"uncertainty.native_of: '{watched[0]}' has weight 0, and under reward_gradient each loss is weighted by the "
+                "uncertainty of its own reward"
+            )
+        if kind == "reward_gradient" and config.loss.equalise:
+            errors.append(
+                "uncertainty.mode: weight scales gradients, and loss.equalise brings them back; use one of them"
+            )
+    if settings.mode != "off" and "rank_disagreement" in settings.sources and config.train.group_size < 2:
+        errors.append(
+            "uncertainty.sources: rank_disagreement compares the images of a group, and train.group_size is "
+            f"{config.train.group_size}; use 2 or more"
+        )
+    if settings.mode == "weight" and settings.per_step:
+        silent = [n for n in settings.native_of if n in config.rewards and config.rewards[n].weight == 0]
+        if not config.credit.needs_values:
+            errors.append(
+                f"uncertainty.per_step: credit.rule {config.credit.rule} completes no states, so only final images have an "
+                "uncertainty; use value, gain or turning_point"
+            )
+        elif "native" not in settings.sources or silent:
+            reason = f"'{silent[0]}' has weight 0" if silent else "native is no source"
+            errors.append(f"uncertainty.per_step: {reason}, so nothing says how sure it is of completions")
+        elif not config.sampler.validate() and len(config.sampler.make_plan(0, 0).stochastic) < 2:
+            errors.append("uncertainty.per_step: weighs steps against each other, and only 1 is stochastic; use 2 or more")
+    if settings.mode == "gate_kl":
+        penalty = {"clipped_ratio": "kl_beta", "forward_process": "ref_coef"}.get(kind)
+        if penalty is None:
+            errors.append(f"uncertainty.mode: objective.type {kind} has no penalty by sample for gate_kl to act on")
+        elif getattr(objective, penalty) == 0:
+            errors.append(f"uncertainty.mode: gate_kl chooses who feels objective.{penalty}, which is 0")
+    return errors
+
+
 def _backprop_errors(config: Config) -> list[str]:
     """reward_gradient trains each image once, through Euler or stochastic steps of its own chain."""
     if config.objective.type != "reward_gradient":
@@ -234,6 +293,11 @@ def _backprop_errors(config: Config) -> list[str]:
             f"backprop.lv_draws: copies are finished without noise, and the last step of kernel '{config.sampler.kernel}' "
             "has some; use ode"
         )
+    for name, reward in config.rewards.items():
+        if reward.offload and reward.weight != 0:
+            errors.append(
+                f"rewards.{name}.offload: its network is part of every gradient of reward_gradient, so it stays; remove offload"
+            )
     if config.sampler.psi is not None:
         errors.append("sampler.psi: it balances gains and losses of a policy gradient; remove it for reward_gradient")
     return errors
@@ -268,6 +332,33 @@ def _combine_cases(config: Config) -> list[Case]:
         (ranked, "advantage.std", "combine.rule is rank"),
         (ranked, "advantage.eps", "combine.rule is rank"),
         (ranked, "advantage.std_floor", "combine.rule is rank"),
+    ]
+
+
+def _uncertainty_cases(config: Config) -> list[Case]:
+    settings, gradient = config.uncertainty, config.objective.type == "reward_gradient"
+    weight, off = settings.mode == "weight", settings.mode == "off"
+    idle = f"uncertainty.mode is {settings.mode}"
+    cases = [
+        (not weight, f"uncertainty.{key}", idle)
+        for key in ("kappa", "w_min", "eta", "u_max", "renormalise", "weighted_baseline", "positive_only", "per_step", "shuffled")
+    ]
+    cases += [
+        (settings.mode != "gate_kl", f"uncertainty.{key}", idle) for key in ("gate_fraction", "gate_min", "gate_max")
+    ]
+    cases += [
+        (weight and gradient, f"uncertainty.{key}", "objective.type is reward_gradient, which compares no images")
+        for key in ("renormalise", "weighted_baseline", "positive_only", "shuffled")
+    ]
+    return [
+        *cases,
+        (weight and settings.positive_only, "uncertainty.weighted_baseline", "uncertainty.positive_only is true"),
+        (not (weight and gradient), "uncertainty.detach_weight", "it acts with mode weight and reward_gradient"),
+        (off, "uncertainty.sources", idle),
+        *(
+            (off or source not in settings.sources, f"uncertainty.{key}", idle if off else f"{source} is no source")
+            for key, source in (("native_of", "native"), ("auxiliaries", "rank_disagreement"))
+        ),
     ]
 
 
@@ -309,6 +400,7 @@ def without_effect(config: Config) -> list[str]:
     kind = config.objective.type
     cases = [
         *_combine_cases(config),
+        *_uncertainty_cases(config),
         (sampler.plan not in ("window", "sliding"), "sampler.window_size", f"sampler.plan is {sampler.plan}"),
         (sampler.plan not in ("window", "sliding"), "sampler.window_range", f"sampler.plan is {sampler.plan}"),
         (sampler.plan != "sliding", "sampler.window_every", f"sampler.plan is {sampler.plan}"),
@@ -323,9 +415,16 @@ def without_effect(config: Config) -> list[str]:
         (config.advantage.baseline == "history", "advantage.std", "advantage.baseline is history"),
         (config.advantage.baseline == "history", "advantage.std_floor", "advantage.baseline is history"),
         (config.advantage.baseline == "history", "advantage.min_valid", "advantage.baseline is history"),
-        (kind in ("reward_difference", "reward_gradient"), "advantage", f"objective.type is {kind}"),
-        (kind in ("reward_difference", "reward_gradient"), "selection", f"objective.type is {kind}"),
+        (kind in ("reward_difference", "reward_gradient", CONTROL), "advantage", f"objective.type is {kind}"),
+        (kind in ("reward_difference", "reward_gradient", CONTROL), "selection", f"objective.type is {kind}"),
         *_backprop_cases(config),
+        *control_cases(config),
+        (
+            kind in ("reward_gradient", "condition_consistency"),
+            "train.async_scoring",
+            f"objective.type is {kind}",
+        ),
+        (not config.train.async_scoring, "train.scoring_timeout", "train.async_scoring is false"),
         (config.selection.rule == "all", "selection.pos_threshold", "selection.rule is all"),
         (config.selection.rule == "all", "selection.neg_threshold", "selection.rule is all"),
         (sampler.grid != "linspace_shift", "sampler.shift", f"sampler.grid is {sampler.grid}"),
@@ -337,6 +436,8 @@ def without_effect(config: Config) -> list[str]:
         (not config.credit.turning_point.balance, "credit.turning_point.balance_key", "balance is false"),
         (config.calibration.rule == "literal", "calibration.tolerance", "calibration.rule is literal"),
         (config.calibration.rule == "fraction", "calibration.count_tolerance", "calibration.rule is fraction"),
+        (config.eval.diversity.prompts == 0, "eval.diversity.images", "eval.diversity.prompts is 0"),
+        (config.eval.diversity.prompts == 0, "eval.diversity.embedder", "eval.diversity.prompts is 0"),
         (config.early_stop.reward is None, "early_stop.drop", "early_stop.reward is null"),
         (config.early_stop.reward is None, "early_stop.patience", "early_stop.reward is null"),
         (optim.ema_decay == 0, "optim.ema_every", "optim.ema_decay is 0"),

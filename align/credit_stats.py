@@ -41,7 +41,7 @@ def value_stats(values: Tensor, steps: Sequence[int], group_ids: Tensor) -> dict
         present = before.isfinite()
         if present.any():
             stats[f"values/step_{step:02d}"] = float(before[present].mean())
-        correlation = _mean_rank_correlation(before, final, group_ids)
+        correlation = mean_rank_correlation(before, final, group_ids)
         if correlation is not None:
             stats[f"values/rank_corr_{step:02d}"] = correlation
         present = present & after.isfinite()
@@ -86,7 +86,7 @@ def zero_spread(rewards: Tensor, steps: Sequence[int], group_ids: Tensor) -> dic
     }
 
 
-def _mean_rank_correlation(first: Tensor, second: Tensor, group_ids: Tensor) -> float | None:
+def mean_rank_correlation(first: Tensor, second: Tensor, group_ids: Tensor) -> float | None:
     """Spearman correlation (N,) with (N,) within groups, averaged over those with spread; None if there is no such."""
     present = first.isfinite() & second.isfinite()
     groups, group = torch.unique(group_ids[present], return_inverse=True)

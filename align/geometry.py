@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,8 @@ class Geometry:
     groups: int
     updates: int
     pairs_per_sample: int
-    """Stochastic steps S (clipped_ratio), re-noised times (forward_process) or, at most, differentiated steps
-    (reward_gradient) trained per image."""
+    """Stochastic steps S (clipped_ratio), re-noised times (forward_process), predictions (condition_consistency) or, at most,
+    differentiated steps (reward_gradient) trained per image."""
     micro_batch: int
 
     @property
@@ -65,6 +66,8 @@ def pairs_per_sample(config: Config) -> int:
 
         grid = torch.linspace(1, 0, config.sampler.num_steps + 1)
         return draw_times(grid, [0], 0, 0, config.objective.times_per_sample, config.objective.time_range).shape[1]
+    if config.objective.type == "condition_consistency":
+        return config.consistency.passes
     if config.objective.type == "reward_gradient":
         return config.backprop.most_active(config.sampler.num_steps) + config.backprop.lv_draws
     longest = config.sampler.make_plan(0, config.train.iterations - 1)  # a branched plan's suffix only grows
@@ -112,6 +115,8 @@ def geometry_table(config: Config, shape: Geometry) -> Table:
 
 
 def _pairs_formula(config: Config) -> str:
+    if config.objective.type == "condition_consistency":
+        return "predictions of a noised real image"
     text = f"of {config.sampler.num_steps} sampling steps"
     if config.objective.type == "reward_gradient":
         copies = f", {config.backprop.lv_draws} of them of noised copies" if config.backprop.lv_draws else ""
@@ -138,7 +143,6 @@ def memory_estimate(config: Config) -> dict[str, Any]:
     """
     import diffusers
     from accelerate import init_empty_weights
-    from peft import LoraConfig
 
     from align.models.base import family_of, pipeline_index, resolve_path
 
@@ -150,24 +154,23 @@ def memory_estimate(config: Config) -> dict[str, Any]:
             parts[name] = cls.from_config(cls.load_config(path, subfolder=name, revision=config.model.revision))
         network = parts[family.denoiser_name]
         total = sum(p.numel() for p in network.parameters())
-        settings = config.model.lora
-        targets = list(settings.targets or family.lora_targets)
-        try:
-            network.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
-        except ValueError as problem:
-            raise UserError(f"model.lora.targets: {str(problem).splitlines()[0]}") from problem
-    trainable = sum(p.numel() for n, p in network.named_parameters() if "lora_" in n)
+        factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+        trainable = _trainable(config, network, family.lora_targets, factor)
     vae = sum(p.numel() for p in parts["vae"].parameters())
     width = 4 if config.model.precision == "fp32" else 2
     copies = 4 + (config.optim.ema_decay > 0) + (config.objective.type == "forward_process")
     has_t5 = any(index.get("text_encoder_3") or ())
     text_tokens = 77 + (config.model.max_sequence_length if has_t5 else 0)
-    factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     activations = _activations(config, network, width, factor, text_tokens)
     stored = _images_held(config) * _states(config) * 4 * _latent_elements(config, parts, factor)
     gib = 1024**3
     decoding, peak = {}, activations
-    if config.objective.type == "reward_gradient" and hasattr(parts["vae"].decoder, "mid_block"):
+    if config.objective.type == "condition_consistency":
+        judged = config.train.micro_batch if config.consistency.grad_scale > 0 else 0
+        image = 4 * judged * _decoder_elements(parts["vae"], config, factor)
+        decoding["image_path_gib"] = image / gib
+        peak = activations + image  # one graph from the noised latent to the condition that is read
+    elif config.objective.type == "reward_gradient" and hasattr(parts["vae"].decoder, "mid_block"):
         image = 4 * config.loss.image_batch * _decoder_elements(parts["vae"], config, factor)
         decoding["image_path_gib"] = image / gib
         peak = max(activations, image)  # the graph of the image is freed before that of a step is made
@@ -184,6 +187,23 @@ def memory_estimate(config: Config) -> dict[str, Any]:
     }
 
 
+def _trainable(config: Config, network: Any, lora_targets: Sequence[str], factor: int) -> int:
+    """Parameters that a run trains, beside or in a denoiser on the meta device; factor: image pixels per latent pixel."""
+    from peft import LoraConfig
+
+    if config.model.controlnet is not None:
+        from align.models.controlnet import from_unet
+
+        return sum(p.numel() for p in from_unet(network, factor, copy=False).parameters())
+    settings = config.model.lora
+    targets = list(settings.targets or lora_targets)
+    try:
+        network.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
+    except ValueError as problem:
+        raise UserError(f"model.lora.targets: {str(problem).splitlines()[0]}") from problem
+    return sum(p.numel() for n, p in network.named_parameters() if "lora_" in n)
+
+
 def _images_held(config: Config) -> int:
     """Images whose states are kept at once: a rollout of all of them, or the chains that are differentiated together."""
     whole = config.samples_per_iteration
@@ -195,6 +215,8 @@ def _states(config: Config) -> int:
 
     With reward_gradient those before differentiated steps, the final one and the gradient there.
     """
+    if config.objective.type == "condition_consistency":
+        return 0  # nothing is sampled
     if config.objective.type == "reward_gradient":
         return pairs_per_sample(config) + 2 + 2 * config.backprop.lv_draws
     stochastic = config.sampler.make_plan(0, config.train.iterations - 1).stochastic
@@ -212,7 +234,9 @@ def _activations(config: Config, network: Any, width: int, factor: int, text_tok
     shape = network.config
     side = config.model.resolution // factor if config.model.resolution else shape.get("sample_size") or 64
     alone = config.objective.type == "reward_gradient" and config.backprop.guidance_gradient != "both"
-    images = config.train.micro_batch * (1 if config.sampler.guidance_scale == 1 or alone else 2)
+    images: float = config.train.micro_batch * (1 if config.sampler.guidance_scale == 1 or alone else 2)
+    if config.objective.type == "condition_consistency":
+        images = 1.5 * config.train.micro_batch  # a ControlNet repeats the UNet's first half
     if hasattr(network, "down_blocks"):
         return width * images * _unet_elements(network, side, config.model.gradient_checkpointing)
     layers = shape.get("num_layers") or 1
@@ -238,7 +262,8 @@ def _decoder_elements(vae: Any, config: Config, factor: int) -> float:
         pixels = (side * 2**level) ** 2
         residuals = [m for m in block.modules() if isinstance(m, ResnetBlock2D)]
         blocks.append(pixels * sum(m.in_channels + m.out_channels for m in residuals))
-    if config.loss.checkpointing:
+    control = config.objective.type == "condition_consistency"
+    if config.consistency.checkpointing if control else config.loss.checkpointing:
         return 0.5 * sum(blocks) + 3.5 * max(blocks)
     return 3.5 * sum(blocks)
 

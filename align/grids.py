@@ -38,10 +38,10 @@ def comparison_grid(
     """One row a prompt, one column a model, each image's scores under it, the row's best score in bold green.
 
     `columns`: label -> one image a prompt, PIL or float tensor (3, H, W) in [0, 1]. `scores`: label -> reward -> one
-    number a prompt, higher is better; None or NaN is written "n/a". `cell`: longest side of an image in pixels; by
-    default small images are enlarged by a whole factor to at least 192 and large ones reduced to 384. `fold` lays the
-    rows out in that many blocks side by side, which suits a landscape page. ValueError if a column or a list of scores
-    has not exactly one entry a prompt.
+    number a prompt, higher is better; None or NaN is written "n/a", and a column that is not in it has none. `cell`:
+    longest side of an image in pixels; by default small images are enlarged by a whole factor to at least 192 and large
+    ones reduced to 384. `fold` lays the rows out in that many blocks side by side, which suits a landscape page.
+    ValueError if a column or a list of scores has not exactly one entry a prompt.
     """
     scores = scores or {}
     _check_lengths(columns, prompts, scores)
@@ -80,7 +80,8 @@ def comparison_grid(
         left = MARGIN + row // rows_a_block * (block.total_width + 3 * GAP)
         y = top + head_height + row % rows_a_block * (row_height + GAP)
         _draw_row(page, draw, block, (left, y), prompt, {k: v[row] for k, v in pictures.items()})
-        _draw_scores(draw, block, (left, y + height + 8), _row_scores(pictures, rewards, scores, row))
+        judged = [label in scores for label in pictures]
+        _draw_scores(draw, block, (left, y + height + 8), _row_scores(pictures, rewards, scores, row), judged)
     return page
 
 
@@ -225,7 +226,11 @@ def _draw_row(
 
 
 def _draw_scores(
-    draw: ImageDraw.ImageDraw, block: _Block, corner: tuple[int, int], table: Mapping[str, Sequence[float | None]]
+    draw: ImageDraw.ImageDraw,
+    block: _Block,
+    corner: tuple[int, int],
+    table: Mapping[str, Sequence[float | None]],
+    judged: Sequence[bool],
 ) -> None:
     left, y = corner
     for number, (reward, values) in enumerate(table.items()):
@@ -234,6 +239,8 @@ def _draw_scores(
         best = format_score(max(present, default=None))
         tied = len(set(written) - {"n/a"}) < 2
         for column, (text, value) in enumerate(zip(written, values, strict=True)):
+            if not judged[column]:
+                continue
             x, baseline = block.cell_x(left, column), y + SMALL + number * LINE
             wins = value is not None and text == best and not tied
             colour = BEST if wins else INK if value is not None else FAINT

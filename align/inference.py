@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from align.checkpoint import checkpoints
+from align.confidence import use_stored
 from align.config import Config, load_resolved
 from align.errors import UserError
 from align.evaluate import Evaluation, evaluate
@@ -35,6 +36,8 @@ class Setup:
     seed: int
     config: Config | None
     """The run's configuration when the target is a run's folder."""
+    folder: Path | None = None
+    """The run's folder, if it is one."""
     loaded: dict[Path, str] = field(default_factory=dict)
     """Resolved folder -> name in the pipeline, of every adapter that it holds."""
 
@@ -66,6 +69,11 @@ def load_target(
     if "/" in target and not run_dir.exists() and run_dir.parent.is_dir():  # otherwise it would pass for a hub id
         near = nearest(run_dir.name, [p.name for p in run_dir.parent.iterdir() if p.is_dir()])
         raise UserError(f"there is no run or model folder {target}{near}")
+    if config is not None and config.model.controlnet is not None:
+        raise UserError(
+            f"{target} trained a ControlNet, which follows condition images: use {run_dir / 'controlnet'} with diffusers' "
+            "StableDiffusionControlNetPipeline; its scores and pictures are in the run's report"
+        )
     if config is not None:
         model_config = replace(config.model, encoders="keep", compile=False)
         folder = folder or run_dir / "adapter"
@@ -90,6 +98,7 @@ def load_target(
         1.0 if guidance_scale is None else guidance_scale,
         seed if seed is not None else 0,
         config,
+        run_dir if config is not None else None,
         {folder.resolve(): "tuned"} if folder is not None else {},
     )
 
@@ -105,14 +114,23 @@ def chosen_prompts(setup: Setup, source: str | None, count: int | None) -> list[
 
 
 def chosen_rewards(setup: Setup, names: list[str]) -> dict[str, Reward]:
-    """Rewards named in the run, else by registry name or path; without names, all of the run."""
+    """Rewards named in the run, else by registry name or path; without names, all of the run that it did not train.
+
+    Raises: UserError for a named one that was trained along with the policy.
+    """
     known: dict[str, RewardConfig] = {}
     if setup.config is not None:
         known = {**setup.config.rewards, **setup.config.eval_rewards}
-    return {
+    moving = [name for name, settings in known.items() if build_reward(name, settings).trainable]
+    if named := [name for name in names if name in moving]:
+        raise UserError(f"reward '{named[0]}' was trained along with the policy and cannot compare models: name another")
+    rewards = {
         name: ready_reward(name, known.get(name, RewardConfig(type=name)), setup.model.device)
-        for name in names or known
+        for name in names or [name for name in known if name not in moving]
     }
+    if setup.folder is not None:
+        use_stored(rewards, setup.folder)
+    return rewards
 
 
 def ready_reward(name: str, settings: RewardConfig, device: torch.device) -> Reward:

@@ -1,10 +1,10 @@
-"""Which of the two loops a run goes through."""
+"""Which loop a run goes through."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from align import backprop_loop, policy_loop
+from align import backprop_loop, control_loop, policy_loop
 from align.collect import Report
 from align.config import Config
 from align.run import Run
@@ -14,4 +14,5 @@ Iteration = Callable[[Run, Report], dict[str, float]]
 
 def iteration_of(config: Config) -> Iteration:
     """The function that does one iteration of the run."""
-    return backprop_loop.run_iteration if config.objective.type == "reward_gradient" else policy_loop.run_iteration
+    own = {"reward_gradient": backprop_loop.run_iteration, "condition_consistency": control_loop.run_iteration}
+    return own.get(config.objective.type, policy_loop.run_iteration)

@@ -1,10 +1,11 @@
 """Objectives: stored samples and advantages become a loss per element.
 
-Four kinds. `clipped_ratio` scores stored stochastic steps again and pushes their likelihood ratio (Flow-GRPO, arXiv
+Five kinds. `clipped_ratio` scores stored stochastic steps again and pushes their likelihood ratio (Flow-GRPO, arXiv
 2505.05470; DanceGRPO, 2505.07818); its KL forms are those of `samplers.kernels`. `forward_process` re-noises finished
 images and matches velocities, no trajectory needed (DiffusionNFT, 2509.16117). `reward_difference` compares whole
 trajectories of a prompt (PRDP, 2402.08714; in `align.reward_difference`). `reward_gradient` differentiates the reward
-through the sampler (`align.backprop_loop`) and has settings of its own, `backprop` and `loss`. All functions are pure, work in float32
+through the sampler (`align.backprop_loop`) and has settings of its own, `backprop` and `loss`; so does
+`condition_consistency` (`align.control_loop`), which trains a ControlNet on real images. All functions are pure, work in float32
 (float64 if given float64) and return losses of shape (B,) with detached diagnostics.
 
 Notation: x_t = (1 - t) x_0 + t noise, t = 1 is pure noise, velocity target v = noise - x_0, mean(.) over all but the
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from align.reward_difference import StepReduction
 
-ObjectiveType = Literal["clipped_ratio", "forward_process", "reward_difference", "reward_gradient"]
+ObjectiveType = Literal[
+    "clipped_ratio", "forward_process", "reward_difference", "reward_gradient", "condition_consistency"
+]
 KlForm = Literal["exact_mean", "flow_grpo_code", "velocity_mse"]
 RatioRepair = Literal["off", "guard"]
 LossSpace = Literal["x0_adaptive", "v"]
@@ -42,8 +45,9 @@ class ObjectiveConfig:
 
     type: ObjectiveType = "clipped_ratio"
     """"clipped_ratio" (policy gradient on stored steps), "forward_process" (velocity matching on finished images),
-    "reward_difference" (regression on pairs of trajectories) or "reward_gradient" (a differentiable reward's gradient
-    through the sampler; see `backprop` and `loss`)."""
+    "reward_difference" (regression on pairs of trajectories), "reward_gradient" (a differentiable reward's gradient
+    through the sampler; see `backprop` and `loss`) or "condition_consistency" (a ControlNet on real images, by how well its
+    one-step images keep the condition; see `consistency`)."""
 
     clip_range: float = 1e-4
     """clipped_ratio: half width of the clip; scale it as 1 / latent size (flow_sde 1e-4, cps 1e-5; 2505.05470)."""
@@ -202,6 +206,7 @@ def forward_process_loss(
     advantages: Tensor,
     config: ObjectiveConfig,
     v_ref: Tensor | None = None,
+    gated: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """adv_max (r l+ + (1 - r) l-) / beta + ref_coef mean((v_theta - v_ref)^2) (DiffusionNFT, arXiv 2509.16117).
 
@@ -217,6 +222,7 @@ def forward_process_loss(
         t: (B,) times in (0, 1].
         advantages: (B,) group advantages.
         config: uses beta, adv_max, loss_space, ref_coef.
+        gated: (B,) bool, the samples with the term of v_ref; None: all (`uncertainty.mode: gate_kl`).
 
     Returns:
         loss (B,), and detached (B,) diagnostics: `probability` r, `loss_plus`, `loss_minus`, `displacement`
@@ -255,7 +261,7 @@ def forward_process_loss(
         ref_mse = _mean((v_theta - v_ref).square())
         diagnostics["ref_mse"] = ref_mse
         diagnostics["norm_ratio"] = (_mean(v_theta.detach().square()) / _mean(v_ref.square())).sqrt()
-        loss = loss + config.ref_coef * ref_mse
+        loss = loss + config.ref_coef * (ref_mse if gated is None else torch.where(gated, ref_mse, 0.0))
     return loss, {name: value.detach() for name, value in diagnostics.items()}
 
 

@@ -8,13 +8,15 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from align.collect import Batch, Report, collect, passes, score_values
+from align.collect import Batch, Report, collect, passes
 from align.geometry import local_order
+from align.judging import Judging
 from align.paired import PairedTrajectories
 from align.prompts import Prompt
 from align.run import Run
 from align.step import Interrupted, now, optimizer_step
 from align.targets import Targets, prompt_ids, targets
+from align.trainable import policy_learns, update_rewards
 from align.updates import (
     Pairs,
     check_first_ratio,
@@ -37,17 +39,22 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
     iteration = run.counters.iteration
     prompts = _prompts(run, iteration)
     order = local_order(run.shape, run.accelerator.process_index, run.config.train.seed, iteration)
-    batch = collect(
-        run,
-        prompts,
-        [i for update in order for i in update],
-        iteration,
-        run.config.train.seed,
-        report,
-        with_values=run.config.credit.needs_values,
-    )
-    sampled = now(run)
-    scores = score_values(run, prompts, batch, run.shape.samples, report)
+    samples, background = [i for update in order for i in update], run.config.train.async_scoring
+    with Judging(run, prompts, samples, iteration, run.shape.samples, report, background) as judging:
+        batch = collect(
+            run,
+            prompts,
+            samples,
+            iteration,
+            run.config.train.seed,
+            report,
+            with_values=run.config.credit.needs_values,
+            offer=judging.offer if background else None,
+        )
+        sampled = now(run)
+        if not background:
+            judging.offer([*batch.completions, batch.final])
+        scores = judging.scores()
     batch.completions.clear()  # they were there to be scored
     scored = now(run)
     if run.stop_requested():
@@ -58,8 +65,11 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
     metrics["sample/nfe_per_image"] = evaluations / run.shape.samples
     found = targets(run, batch.plan, scores, metrics)
     if found is not None:
-        batch, sizes = _kept(run, batch, found, order)
-        metrics |= _update(run, batch, found, sizes, report)
+        final, groups = batch.final, batch.groups
+        if policy_learns(run):
+            batch, sizes = _kept(run, batch, found, order)
+            metrics |= _update(run, batch, found, sizes, report)
+        metrics |= update_rewards(run, prompts, final, samples, groups, iteration)
     finished = now(run)
     run.counters.iteration += 1
     run.counters.seconds += finished - started
@@ -90,6 +100,7 @@ def _update(run: Run, batch: Batch, found: Targets, sizes: list[int], report: Re
     forward_process = config.objective.type == "forward_process"
     times = training_times(run, batch) if forward_process else torch.zeros(0)
     advantages, everywhere = found.advantages[batch.samples], run.totals(sizes)
+    gated, factors = (None if x is None else x[batch.samples] for x in (found.gated, found.steps))
     trajectories = (
         PairedTrajectories(run, batch, found.rewards) if config.objective.type == "reward_difference" else None
     )
@@ -115,11 +126,11 @@ def _update(run: Run, batch: Batch, found: Targets, sizes: list[int], report: Re
             picked = width if columns is None else columns
             for pairs in micro_batches(rows, picked, run.shape.micro_batch):
                 if forward_process:
-                    loss, info, forwards = forward_process_pairs(run, batch, pairs, advantages, times, lagging)
+                    loss, info, forwards = forward_process_pairs(run, batch, pairs, advantages, times, lagging, gated)
                 elif weights is not None:
                     loss, info, forwards = weighted_pairs(run, batch, pairs, weights)
                 else:
-                    loss, info, forwards = clipped_ratio_pairs(run, batch, pairs, advantages, lagging)
+                    loss, info, forwards = clipped_ratio_pairs(run, batch, pairs, advantages, lagging, gated, factors)
                 run.accelerator.backward(loss.sum() * run.shape.processes / total)
                 _add_up(sums, loss, info, pairs)
                 sums["nfe"] += len(pairs.rows) * (forwards + 2 + config.model.gradient_checkpointing) * guided

@@ -21,6 +21,7 @@ class Prompt:
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    """With the files `condition` (an image) and `labels` (a map) of the prompt's line, where a method or a reward needs them."""
     image: str | None = None
     """File of a real image of the prompt, for methods that start from one."""
 
@@ -32,16 +33,16 @@ def load_prompts(source: str) -> list[Prompt]:
     """
     if source.startswith("playground:"):
         from align.playground.captions import prompts
+        from align.playground.layouts import SCENE_SPLITS, scene_prompts
 
         split, _, count = source.removeprefix("playground:").partition(":")
-        if split not in PLAYGROUND_SPLITS:
-            raise UserError(
-                f"prompts: no split '{split}'{nearest(split, PLAYGROUND_SPLITS)}; one of {PLAYGROUND_SPLITS}"
-            )
+        known = (*PLAYGROUND_SPLITS, *SCENE_SPLITS)
+        if split not in known:
+            raise UserError(f"prompts: no split '{split}'{nearest(split, known)}; one of {known}")
         if count and not (count.isdecimal() and int(count)):
             raise UserError(f"prompts: {source}: the number of prompts must be at least 1, got '{count}'")
         try:
-            rows = prompts(split, int(count)) if count else prompts(split)
+            rows = (scene_prompts if split in SCENE_SPLITS else prompts)(split, int(count) if count else None)
         except ValueError as problem:
             raise UserError(f"prompts: {source}: {problem}") from problem
         return [Prompt(row["prompt"], row.get("metadata") or {}) for row in rows]
@@ -69,12 +70,15 @@ def _parse_json(line: str, where: str) -> Prompt:
     metadata = row.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise UserError(f"prompts: {where}: metadata must be a mapping")
-    image = row.get("image")
-    if image is None:
-        return Prompt(row["prompt"], metadata)
-    if not isinstance(image, str):
-        raise UserError(f"prompts: {where}: image must be the name of a file, got {image!r}")
-    return Prompt(row["prompt"], metadata, str(Path(where.rpartition(":")[0]).parent / image))
+    files = {}
+    for key in ("image", "condition", "labels"):
+        name = row.get(key)
+        if name is not None and not isinstance(name, str):
+            raise UserError(f"prompts: {where}: {key} must be the name of a file, got {name!r}")
+        if name is not None:
+            files[key] = str(Path(where.rpartition(":")[0]).parent / name)
+    image = files.pop("image", None)
+    return Prompt(row["prompt"], {**metadata, **files}, image)
 
 
 def prompt_indices(total: int, count: int, iteration: int, seed: int) -> list[int]:

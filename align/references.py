@@ -45,7 +45,7 @@ def shaped(run: Run, scores: Scores, prompts: Sequence[Prompt], units: Mapping[s
         rows = [[float("nan") if x is None else x for x in table[_key(p)][name]] for p in prompts]
         references = torch.tensor(rows, dtype=torch.float64).repeat_interleave(size, dim=0)
         values[name] = preference(scores.values[name], references, run.config.combine.par.slope / std)
-    return Scores(values, {name: scores.valid[name] & ~v.isnan() for name, v in values.items()})
+    return Scores(values, {name: scores.valid[name] & ~v.isnan() for name, v in values.items()}, scores.extras)
 
 
 def _references(run: Run, prompts: Sequence[Prompt], names: list[str]) -> Table:
@@ -90,6 +90,8 @@ def _settings(run: Run, names: list[str]) -> dict[str, Any]:
     """All that references depend on but their prompt, as JSON has it."""
     config = run.config
     rewards = {name: dataclasses.asdict(config.rewards[name]) | {"weight": 1} for name in names}
+    for reward in rewards.values():
+        del reward["offload"]  # scores are the same
     settings = {
         "rewards": rewards,
         "images": config.combine.par.images,

@@ -18,14 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 from PIL import Image
 
 from align.charts import histogram, interval_bar
 from align.grids import format_score
-from align.report_curves import absent_metrics, credit_panels, eval_panels, smoothing_window, timing_panel, train_panels
-from align.runfolder import NAN, RunFolder, column, number_of, read_run
+from align.hacking_report import section
+from align.report_curves import (
+    absent_metrics,
+    credit_panels,
+    diversity_panels,
+    eval_panels,
+    smoothing_window,
+    timing_panel,
+    train_panels,
+)
+from align.runfolder import NAN, RunFolder, column, number_of, parse_config, read_run
 
 MOST_GRIDS = 7
 HEAVY_PNG = 1_500_000
@@ -159,9 +167,11 @@ def _context(run: RunFolder) -> dict[str, Any]:
         "progress": progress_text(run, config),
         "scores": scores,
         "facts": _facts(run, config, scores),
+        "hacking": section(run, config),
         "latest": _latest(run, evals),
         "grids": _grids(run),
         "evals": evals,
+        "diversity": diversity_panels(run.evals),
         "training": training,
         "further": further,
         "timing": timing_panel(run.train),
@@ -175,18 +185,10 @@ def _context(run: RunFolder) -> dict[str, Any]:
         "config": run.config,
         "environment": json.dumps(run.environment, indent=2, ensure_ascii=False) if run.environment else None,
         "command": _command(run),
-        "adapter": _adapter(run),
+        "adapter": _result(run, "adapter"),
+        "controlnet": _result(run, "controlnet"),
         "notes": list(dict.fromkeys(run.notes)),
     }
-
-
-def parse_config(text: str | None) -> dict[str, Any]:
-    """A run's config.yaml as plain data; empty if it is missing or broken."""
-    try:
-        config = yaml.safe_load(text or "")
-    except yaml.YAMLError:
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _pairs(run: RunFolder) -> dict[str, tuple[list[float], list[float]]]:
@@ -401,8 +403,8 @@ def _command(run: RunFolder) -> str | None:
     return f"accelerate launch -m align.train {shlex.quote(str(config))} name={shlex.quote(run.path.name + '-again')}"
 
 
-def _adapter(run: RunFolder) -> str | None:
-    folder = run.path / "adapter"
+def _result(run: RunFolder, kind: str) -> str | None:
+    folder = run.path / kind
     return str(folder) if any(folder.glob("*.safetensors")) else None
 
 

@@ -51,6 +51,11 @@ CREDIT = {
     "credit/first_step_rate": ("First steps selected", "share of images; dashed: what pure noise gives"),
     "credit/kept_fraction": ("Turning points kept", "share left once both signs are equally many"),
 }
+# of the evaluations: metric -> (title, hint)
+DIVERSITY = {
+    "diversity/spread": ("Spread of a prompt's images", "mean 1 - cosine of their embeddings; 0: all the same"),
+    "diversity/vendi": ("Different images of a prompt", "effective number (Vendi score); 1: all the same"),
+}
 AT_MOST = 10
 EXACT = ("train/lr", "train/skipped_updates", "train/old_decay")
 DULL_AT_ZERO = ("train/skipped_updates", "reward/invalid_fraction")
@@ -128,6 +133,24 @@ def timing_panel(rows: Sequence[Mapping[str, Any]]) -> Panel | None:
     total = sum(typical.values())
     hint = "seconds; the legend gives medians"
     return Panel("time", "Time of an iteration", Markup(svg), f"{total:.2f} s", hint, legend)
+
+
+def diversity_panels(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Panels against the iteration of how different the images of a prompt are; empty for a run that did not measure it."""
+    panels = []
+    for key, (title, hint) in DIVERSITY.items():
+        means, widths = column(rows, key), column(rows, f"{key}_ci95")
+        finite = [v for v in means if math.isfinite(v)]
+        if not finite:
+            continue
+        low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+        x = column(rows, "iteration")
+        start = (finite[0], f"start {format_score(finite[0])}") if len(finite) > 1 else None
+        label = f"{title} against iteration"
+        series = Series(title, x, means, low, high, points=True)
+        svg = line_chart([series], label=label, x_label="iteration", reference=start)
+        panels.append(Panel(key, title, Markup(svg), format_score(finite[-1]), hint))
+    return panels
 
 
 def _eval_panels_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[Panel]:

@@ -13,9 +13,12 @@ _MAY_CHANGE = (
     "train.iterations",
     "train.micro_batch",
     "train.rollout_batch",
+    "train.async_scoring",
+    "train.scoring_timeout",
     "completions.chunk",
     "loss.image_batch",
     "loss.checkpointing",
+    "consistency.checkpointing",
     "early_stop",
     "eval",
     "checkpoint",
@@ -30,4 +33,10 @@ def changed_keys(before: str, after: str) -> list[str]:
     plain, old, new = (flattened(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)  # type: ignore[arg-type]
     old, new = plain | old, plain | new  # an older version did not know every setting
     differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    return [k for k in differing if not any(k == m or k.startswith(f"{m}.") for m in _MAY_CHANGE)]
+    return [k for k in differing if not any(k == m or k.startswith(f"{m}.") for m in _MAY_CHANGE) and not _place(k)]
+
+
+def _place(key: str) -> bool:
+    """Whether a key says where a reward's network rests."""
+    room, _, name = key.partition(".")
+    return room in ("rewards", "eval_rewards") and name.endswith(".offload")

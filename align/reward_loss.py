@@ -8,7 +8,7 @@ slice of the batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,8 +18,9 @@ from align.errors import UserError
 from align.models.base import Clamp, ImageModel
 from align.prompts import Prompt
 from align.schema import nearest
-from align.scoring import reward_batch, score_local
-from rewards.base import Reward, RewardBatch, RewardError, checked_score, one_line
+from align.scoring import component_key, reward_batch, score_local, uncertainty_key
+from align.uncertainty import DoubtfulLoss
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, checked_score, one_line
 from rewards.registry import RewardConfig
 
 LossKind = Literal["negative", "target", "hinge"]
@@ -156,6 +157,8 @@ class ImageGradient:
     """(B,) float32: share of each image's values that the clamp to [0, 1] changed."""
     missing: Tensor
     """(B,) bool: a weighted reward has no score. Loss and gradient of the sample are 0."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """Of the shape of a score: uncertainties and components of the rewards, see `align.scoring.Scores`."""
 
 
 def image_gradient(
@@ -168,8 +171,11 @@ def image_gradient(
     step: int,
     config: LossConfig,
     watched: int | None = None,
+    doubtful: Mapping[str, DoubtfulLoss] | None = None,
 ) -> ImageGradient:
     """Gradient at the final latents (B, C, h, w) of scale sum_k w_k loss_k(R_k(decode(latents))).
+
+    doubtful: of the rewards whose loss is weighted by their uncertainty, how.
 
     Nothing gets a `.grad`. A loss or gradient that is not finite comes back as it is. Rewards of weight 0 judge the first
     `watched` images (all B if None), without gradient. Raises: RewardError if a reward fails, also in its backward pass.
@@ -179,7 +185,7 @@ def image_gradient(
     for start in range(0, len(latents), config.image_batch):
         some = slice(start, start + config.image_batch)
         part, decoded = _slice_gradient(
-            model, trained, settings, latents[some], prompts[some], group_ids[some], step, config
+            model, trained, settings, latents[some], prompts[some], group_ids[some], step, config, doubtful or {}
         )
         parts.append(part)
         if len(trained) < len(rewards):
@@ -187,6 +193,9 @@ def image_gradient(
     rest = {name: reward for name, reward in rewards.items() if name not in trained}
     few = slice(watched)
     seen = score_local(rest, torch.cat(images)[few], prompts[few], group_ids[few], step) if rest else {}
+    keys = dict.fromkeys(key for part in parts for key in part.extras)
+    silent = [torch.full_like(part.losses, torch.nan) for part in parts]
+    extras = {key: torch.cat([part.extras.get(key, s) for part, s in zip(parts, silent, strict=True)]) for key in keys}
     return ImageGradient(
         gradient=torch.cat([part.gradient for part in parts]),
         losses=torch.cat([part.losses for part in parts]),
@@ -196,6 +205,7 @@ def image_gradient(
         },
         saturated=torch.cat([part.saturated for part in parts]),
         missing=torch.cat([part.missing for part in parts]),
+        extras=extras | {key: values for key, values in seen.items() if key not in rest},
     )
 
 
@@ -208,16 +218,21 @@ def _slice_gradient(
     group_ids: Sequence[int],
     step: int,
     config: LossConfig,
+    doubtful: Mapping[str, DoubtfulLoss],
 ) -> tuple[ImageGradient, Tensor]:
     """`image_gradient` of a few latents and the weighted rewards, and the images (b, 3, H, W), detached."""
     leaf = latents.detach().float().requires_grad_()
     images, saturated = model.decode_with_gradient(leaf, config.clamp)
     batch = reward_batch(images.detach().requires_grad_(), prompts, group_ids, step)
     at_image, losses = torch.zeros_like(batch.images), torch.zeros(len(batch), device=images.device)
-    scores = {}
+    scores, extras = {}, {}
     for name, reward in trained.items():
         factor = config.scale * settings[name].weight
-        gradient, part, scores[name] = _judge(name, reward, batch, config)
+        gradient, part, output = _judge(name, reward, batch, config, doubtful.get(name), factor)
+        scores[name] = output.scores.detach()
+        if output.uncertainty is not None:
+            extras[uncertainty_key(name)] = output.uncertainty.detach().cpu()
+        extras |= {component_key(name, key): values.cpu() for key, values in output.components.items()}
         at_image += factor * gradient
         losses += factor * part
     missing = torch.stack(list(scores.values())).isnan().any(dim=0)
@@ -228,14 +243,19 @@ def _slice_gradient(
         scores={name: values.cpu() for name, values in scores.items()},
         saturated=saturated.cpu(),
         missing=missing.cpu(),
+        extras=extras,
     )
     return found, images.detach()
 
 
-def _judge(name: str, reward: Reward, batch: RewardBatch, config: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """d loss / d images (b, 3, H, W), losses (b,) and scores (b,) of one reward, detached and not yet weighted."""
-    scores = checked_score(reward, batch).scores
-    losses = reward_loss(scores, config.kind, config.value_of(name))
+def _judge(
+    name: str, reward: Reward, batch: RewardBatch, config: LossConfig, doubtful: DoubtfulLoss | None, factor: float
+) -> tuple[Tensor, Tensor, RewardOutput]:
+    """d loss / d images (b, 3, H, W) and losses (b,) of one reward, detached and not yet times `factor`; its output."""
+    output = checked_score(reward, batch)
+    losses = reward_loss(output.scores, config.kind, config.value_of(name))
+    if doubtful is not None and output.uncertainty is not None:
+        losses = doubtful(losses, output.uncertainty, 1.0 if factor > 0 else -1.0)
     try:
         (gradient,) = torch.autograd.grad(losses.sum(), batch.images)
     except RuntimeError as error:
@@ -243,7 +263,7 @@ def _judge(name: str, reward: Reward, batch: RewardBatch, config: LossConfig) ->
     if config.equalise:
         norms = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         gradient = gradient / (norms + _NORM_FLOOR)
-    return gradient, losses.detach(), scores.detach()
+    return gradient, losses.detach(), output
 
 
 def _without(missing: Tensor, values: Tensor) -> Tensor:

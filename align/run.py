@@ -22,7 +22,9 @@ from rich.console import Console
 from torch import Tensor
 
 from align import checkpoint
+from align.condition import ConditionNetwork, condition_network
 from align.config import Config, to_yaml
+from align.diversity import build_embedder
 from align.early_stop import Watch, make_watch
 from align.errors import UserError
 from align.geometry import Geometry, geometry
@@ -34,9 +36,11 @@ from align.real_images import check_images
 from align.resume import changed_keys
 from align.reward_loss import check_differentiable, enable_checkpointing
 from align.tracking import Tracker, write_json
+from align.trainable import check_trainable, restore_rewards, reward_tensors
+from align.uncertainty import TrustState
 from align.weights import WeightAverage
 from rewards.base import Reward
-from rewards.registry import build_reward
+from rewards.registry import set_up_rewards
 from samplers.config import SamplerConfig
 from samplers.kernels import KERNEL_LOG_PROB
 
@@ -95,6 +99,12 @@ class Run:
     """Rewards that each training prompt earned (`advantage.baseline: history`)."""
     watch: Watch | None = None
     """Evaluations of the watched reward and the best weights (`early_stop.reward`)."""
+    embedder: Reward | None = None
+    """What tells images of a prompt apart (`eval.diversity`)."""
+    trust: TrustState = field(default_factory=TrustState)
+    """What is known of the rewards' uncertainty (`uncertainty`), and of the base model's scores."""
+    condition: ConditionNetwork | None = None
+    """condition_consistency: the network that reads the condition; None for the diffusion loss alone."""
     rows_that_fit: int | None = None
     """Rows of one network call without gradient, once measured (`completions.chunk: auto`)."""
 
@@ -174,6 +184,7 @@ class Run:
         """Write a checkpoint of the present state (main process writes, all take part)."""
         tensors = {f"param.{i}": p.detach() for i, p in enumerate(self.parameters)}
         state: dict[str, Any] = {"counters": vars(self.counters), "averages": {}, "history": self.history}
+        state["trust"] = vars(self.trust)
         for name, average in (("average", self.average), ("old", self.old)):
             if average is not None:
                 tensors |= {f"{name}.{i}": p for i, p in enumerate(average.shadow_params)}
@@ -181,7 +192,7 @@ class Run:
         if self.watch is not None:
             best, state["early_stop"] = self.watch.state()
             tensors |= best
-        tensors |= checkpoint.optimizer_tensors(self.optimizer)
+        tensors |= checkpoint.optimizer_tensors(self.optimizer) | reward_tensors(self.rewards)
         scaler = self.accelerator.scaler
         state["scaler"] = scaler.state_dict() if scaler is not None else None
         for rank, rng in enumerate(gather_object([rng_state()])):
@@ -219,6 +230,8 @@ class Run:
         # rewards of another run may be of other prompts, or of another scale
         if _belongs(folder, self.config.run_dir):
             self.history = {int(p): [(int(i), float(r)) for i, r in e] for p, e in state.get("history", {}).items()}
+            self.trust.restored(state.get("trust", {}))
+            restore_rewards(self.rewards, tensors)
             watched = state.get("early_stop")
             if self.watch is not None and watched and not self.watch.restore(tensors, watched):
                 self.console.print(
@@ -248,8 +261,9 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
     accelerator.wait_for_everyone()  # nobody writes before all have looked
     shape = geometry(config, accelerator.num_processes)
     train_prompts, eval_prompts = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
-    rewards = build_rewards(config, accelerator.device)
+    rewards = set_up_rewards({**config.rewards, **config.eval_rewards}, accelerator.device)
     check_gradients(config, rewards, train_prompts)
+    check_trainable(config, rewards, train_prompts)
     for name, reward in rewards.items():
         if reward.kind == "groupwise" and accelerator.num_processes > 1:
             raise UserError(f"reward '{name}' compares whole groups, which several processes share: use one process")
@@ -263,8 +277,9 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
             cache_prompts(model, used_prompts(config, train_prompts) + [p.text for p in eval_prompts], console)
             model.release_encoders()
     model.guidance_scale = config.sampler.guidance_scale
-    parameters = model.add_lora(config.train.seed)
+    parameters = model.trained_parameters(config.train.seed)
     model.finish_setup()
+    condition = condition_network(config, model, train_prompts, eval_prompts)
     if config.objective.type == "reward_gradient" and config.loss.checkpointing:
         enable_checkpointing(model, {name: rewards[name] for name in config.rewards}, config.rewards)
     optim = config.optim
@@ -289,7 +304,9 @@ def start(config: Config, console: Console, model: ImageModel | None = None) -> 
         kernel=config.sampler.kernel,
         noise_levels=torch.full((config.sampler.num_steps,), config.sampler.noise_level, dtype=torch.float64),
         shape=shape,
+        condition=condition,
         watch=make_watch(config.early_stop, config.eval, deploy_guidance(config), len(eval_prompts), parameters),
+        embedder=build_embedder(config.eval.diversity, accelerator.device),
     )
     if folder is not None:
         run.restore(folder)
@@ -348,15 +365,6 @@ def check_gradients(config: Config, rewards: Mapping[str, Reward], prompts: Sequ
     check_differentiable({name: rewards[name] for name in config.rewards}, config.rewards)
     if config.backprop.partial_tau is not None:
         check_images(prompts)
-
-
-def build_rewards(config: Config, device: torch.device) -> dict[str, Reward]:
-    """Trained and measured-only rewards by name, ready to score on `device`."""
-    rewards = {}
-    for name, settings in {**config.rewards, **config.eval_rewards}.items():
-        rewards[name] = build_reward(name, settings)
-        rewards[name].setup(device, torch.float32)
-    return rewards
 
 
 def write_run_files(config: Config, accelerator: Accelerator, resumed: bool) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from align.errors import UserError
 
 MARKS = ("metrics.jsonl", "config.yaml", "summary.json")
@@ -53,6 +55,15 @@ def read_run(run_dir: Path | str) -> RunFolder:
     if not run.grids:
         run.notes.append("grids/*.png is not there")
     return run
+
+
+def parse_config(text: str | None) -> dict[str, Any]:
+    """A run's config.yaml as plain data; empty if it is missing or broken."""
+    try:
+        config = yaml.safe_load(text or "")
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def metric_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -20,13 +20,13 @@ from align.errors import UserError
 from align.grids import format_score
 from align.inference import ready_reward
 from align.prompts import Prompt, load_prompts
+from align.real_images import IMAGE_SUFFIXES
 from align.scoring import reward_batch
 from align.tracking import write_json
 from rewards.base import Reward, checked_score, one_line
 from rewards.conformance import FAIL, NOT_APPLICABLE, PASS, Verdict, check
 from rewards.registry import RewardConfig, build_reward
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _COLOURS = {PASS: "green", FAIL: "bold red", NOT_APPLICABLE: "dim"}
 _SHOWN = 40  # rows of the table; the JSON file has them all
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from align.errors import UserError
@@ -27,6 +28,9 @@ class Scores:
 
     values: dict[str, Tensor]
     valid: dict[str, Tensor]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What else rewards said of the samples, of the shape of a score and NaN where they said nothing: their uncertainty
+    (`uncertainty_key`) and the parts of their scores (`component_key`)."""
 
     def mean(self, name: str) -> float:
         """Mean over the valid scores of the final images; NaN if there is none."""
@@ -48,14 +52,43 @@ def reward_batch(images: Tensor, prompts: Sequence[Prompt], group_ids: Sequence[
 def score_local(
     rewards: dict[str, Reward], images: Tensor, prompts: Sequence[Prompt], group_ids: Sequence[int], step: int
 ) -> dict[str, Tensor]:
-    """Raw scores (B,) float32 on the CPU per reward, NaN where missing, for this process's images (B, 3, H, W)."""
+    """Raw scores (B,) float32 on the CPU per reward, NaN where missing, for this process's images (B, 3, H, W).
+
+    Beside them, under keys of their own, uncertainties and components of the rewards that have some.
+    """
     batch = reward_batch(images, prompts, group_ids, step)
-    scores = {}
+    found = {}
     for name, reward in rewards.items():
         with torch.no_grad():
             output = checked_score(reward, batch)
-        scores[name] = output.scores.float().cpu().masked_fill(~output.valid.cpu(), float("nan"))
-    return scores
+        found[name] = output.scores.float().cpu().masked_fill(~output.valid.cpu(), float("nan"))
+        if output.uncertainty is not None:
+            found[uncertainty_key(name)] = output.uncertainty.float().cpu()
+        for part, values in output.components.items():
+            found[component_key(name, part)] = values.float().cpu()
+    return found
+
+
+def uncertainty_key(name: str) -> str:
+    """Where the uncertainty of the reward `name` stands among the scores."""
+    return f"{name}:uncertainty"
+
+
+def component_key(name: str, part: str) -> str:
+    """Where a component of the reward `name` stands among the scores."""
+    return f"{name}:component/{part}"
+
+
+def extra_means(extras: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, float]:
+    """`reward/<name>/<component>` and `reward/<name>/uncertainty`: means over what is there of the final images."""
+    means = {}
+    for key, values in extras.items():
+        name, _, part = key.partition(":")
+        final = values if values.ndim == 1 else values[:, -1]
+        present = final[~final.isnan()]
+        if name in names and len(present):
+            means[f"reward/{name}/{part.removeprefix('component/')}"] = float(present.double().mean())
+    return means
 
 
 def gather_scores(
@@ -65,31 +98,39 @@ def gather_scores(
     index: Sequence[int],
     total: int,
     shape: tuple[int, ...] = (),
-    required: bool = True,
+    required: bool | Collection[str] = True,
 ) -> Scores:
-    """One collective: place each process's scores at its global sample indices.
+    """Place each process's scores at its global sample indices.
 
-    `local` has (n, *shape) scores, NaN where missing, or is the error this process met: it travels with the scores, so
-    that all processes stop together (RewardFailure) instead of waiting for each other. So they do if a reward has no score
-    at all, unless scores are not `required`, as of a few images.
+    `local` has (n, *shape) scores of the rewards `names` and whatever `score_local` found beside them, NaN where missing,
+    or is the error this process met: it travels with the scores, so that all processes stop together (RewardFailure)
+    instead of waiting for each other. So they do if one of the `required` rewards, True for all, has no score at all.
     """
-    table = torch.zeros(2 * len(names) + 1, total, *shape, dtype=torch.float64)
+    failed = isinstance(local, RewardError)
+    own = [] if isinstance(local, RewardError) else [key for key in local if key not in names]
+    # a reward may have other parts to tell of other images
+    keys = [*names, *sorted({key for part in gather_object([own]) for key in part})]
+    table = torch.zeros(2 * len(keys) + 1, total, *shape, dtype=torch.float64)
     if isinstance(local, RewardError):
         table[-1] = 1.0
     else:
-        for row, name in enumerate(names):
-            valid = ~local[name].isnan()
-            table[2 * row, index] = local[name].nan_to_num(0.0).double()
-            table[2 * row + 1, index] = valid.double()
+        for row, key in enumerate(keys):
+            if key in local:
+                table[2 * row, index] = local[key].nan_to_num(0.0).double()
+                table[2 * row + 1, index] = (~local[key].isnan()).double()
     table = accelerator.reduce(table.to(accelerator.device, _reduce_dtype(accelerator)), reduction="sum").cpu()
     if bool((table[-1] > 0).any()):
-        raise RewardFailure(str(local) if isinstance(local, RewardError) else "a reward failed on another process")
-    values = {name: table[2 * row].float() for row, name in enumerate(names)}
-    known = {name: table[2 * row + 1] > 0 for row, name in enumerate(names)}
-    for name in names:
-        if required and total and not bool(known[name].any()):
+        raise RewardFailure(str(local) if failed else "a reward failed on another process")
+    known = {key: table[2 * row + 1] > 0 for row, key in enumerate(keys)}
+    values = {key: table[2 * row].float().masked_fill(~known[key], float("nan")) for row, key in enumerate(keys)}
+    for name in names if required is True else required or ():
+        if total and not bool(known[name].any()):
             raise RewardFailure(f"reward '{name}' has no score for any of {total} images (all NaN): repair the reward")
-    return Scores({k: v.masked_fill(~known[k], float("nan")) for k, v in values.items()}, known)
+    return Scores(
+        {name: values[name] for name in names},
+        {name: known[name] for name in names},
+        {key: values[key] for key in keys[len(names) :]},
+    )
 
 
 def _reduce_dtype(accelerator: Accelerator) -> torch.dtype:

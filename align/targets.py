@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from align import credit
 from align.advantages import group_advantages, group_moments
 from align.combination import any_valid, base_units, combined_advantages, standardised
+from align.confidence import doubts, ensemble_spread
 from align.constraints import follow
 from align.credit_stats import value_stats, zero_spread
 from align.errors import UserError
@@ -17,8 +20,9 @@ from align.history import history_advantages, remember
 from align.prompts import prompt_indices
 from align.references import shaped
 from align.run import Run
-from align.scoring import Scores
+from align.scoring import Scores, extra_means
 from align.selection import select
+from align.uncertainty import Confidence
 from rewards.combine import combine
 from samplers.plans import Plan
 
@@ -33,6 +37,10 @@ class Targets:
     """(N,) bool, the samples to train."""
     rewards: Tensor
     """(N,) float32 weighted sum of the rewards of the final image, NaN where one is missing."""
+    gated: Tensor | None = None
+    """(N,) bool: the only samples that feel the penalty towards the base (`uncertainty.mode: gate_kl`); None: all do."""
+    steps: Tensor | None = None
+    """(N, S) float64 factors of the losses of the steps (`uncertainty.per_step`); None: 1."""
 
 
 def prompt_ids(run: Run, iteration: int) -> list[int]:
@@ -48,6 +56,7 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
     """
     config = run.config
     weights = {name: reward.weight for name, reward in config.rewards.items()}
+    metrics |= extra_means(scores.extras, weights) | ensemble_spread(run, scores.extras)
     apart = config.combine.apart(weights)
     raw, scores = scores, _in_units(run, scores, apart, metrics)
     values, complete = combine(scores.values, scores.valid, weights)
@@ -57,6 +66,7 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
     final, known = values[:, -1], valid[:, -1]
     groups = torch.arange(run.shape.samples) // config.train.group_size
     metrics |= _reward_stats(run, final, complete[:, -1], groups)
+    found = doubts(run, raw, final, known, groups, metrics, plan.stochastic)
     steps = max(1, len(plan.stochastic))
     step_rewards, credit_stats = credit.step_rewards(values, steps, config.credit, groups)
     if apart:
@@ -68,11 +78,11 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
         finals = {name: raw.values[name][:, -1] for name in weights}
         factors = follow(run, raw, metrics)
         settings = (groups, config.combine, config.advantage, factors)
-        advantages, stats = combined_advantages(parts, weights, finals, *settings)
+        advantages, stats = combined_advantages(parts, weights, finals, *settings, found.confidence)
         metrics |= stats
         flat = stats["train/zero_spread_fraction"]
     else:
-        advantages, flat = _advantages(run, step_rewards, known, groups, metrics)
+        advantages, flat = _advantages(run, step_rewards, known, groups, metrics, found.confidence)
     metrics["train/zero_spread_fraction"] = flat
     if config.credit.needs_values:
         metrics |= value_stats(values, plan.stochastic, groups) | zero_spread(step_rewards, plan.stochastic, groups)
@@ -86,7 +96,7 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
     if config.selection.rule != "all":
         metrics["select/kept_fraction"] = float(kept.double().mean())
         metrics["select/positive_fraction"] = float((kept & (advantages[:, -1] > 0)).sum() / kept.sum().clamp_min(1))
-    return Targets(advantages, kept, final)
+    return Targets(advantages, kept, final, found.gated, found.steps)
 
 
 def _in_units(run: Run, scores: Scores, apart: bool, metrics: dict[str, float]) -> Scores:
@@ -134,14 +144,24 @@ def enough_scores(run: Run, valid: Tensor, metrics: dict[str, float]) -> bool:
 
 
 def _advantages(
-    run: Run, step_rewards: Tensor, known: Tensor, groups: Tensor, metrics: dict[str, float]
+    run: Run,
+    step_rewards: Tensor,
+    known: Tensor,
+    groups: Tensor,
+    metrics: dict[str, float],
+    confidence: Confidence | None,
 ) -> tuple[Tensor, float]:
     """Advantages (N, S), and the share of samples or groups whose rewards have no spread."""
     config, iteration = run.config.advantage, run.counters.iteration
     if config.baseline == "group":
         everyone = torch.ones(len(groups), dtype=torch.bool)  # a missing score is NaN in the step rewards that need it
-        advantages, stats = group_advantages(step_rewards, everyone, groups, config)
-        return advantages, stats["zero_spread_fraction"]
+        if confidence is None:
+            advantages, stats = group_advantages(step_rewards, everyone, groups, config)
+            return advantages, stats["zero_spread_fraction"]
+        unclipped = dataclasses.replace(config, clip=math.inf)  # what is clipped is weighted
+        advantages, stats = group_advantages(step_rewards, everyone, groups, unclipped, *confidence.statistics())
+        weighted = confidence.applied(advantages.double()).clamp(-config.clip, config.clip)
+        return weighted.float(), stats["zero_spread_fraction"]
     ids = prompt_ids(run, iteration)
     prompts = [ids[int(g)] for g in groups]
     rewards = step_rewards[:, -1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -16,24 +17,31 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from align.calibrate import apply_psi
 from align.checkpoint import export_adapter
+from align.confidence import fit_rewards, settle, tell_rewards
 from align.config import Config, load_config, to_yaml
 from align.config_checks import without_effect
+from align.control_data import check_examples
+from align.diversity import measure
 from align.errors import UserError
-from align.evaluate import Evaluation, evaluate, half_width, paired_interval
+from align.evaluate import Evaluation, conditions_of, evaluate, half_width, paired_interval
 from align.geometry import geometry, geometry_table, memory_estimate
 from align.grids import as_image, comparison_grid, save_png
+from align.hacking_report import metrics_of, warning_of
 from align.launch import follow_launcher, spread_over_cpus
 from align.loops import iteration_of
 from align.prompts import load_prompts
 from align.report import write_report
 from align.run import Run, check_gradients, deploy_guidance, restore_rng, rng_state, start
 from align.scoring import RewardFailure, Scores
+from align.snapshots import keep_snapshot
 from align.step import Interrupted
 from align.tracking import write_json
+from align.trainable import check_trainable, fixed_rewards
 from rewards.base import RewardError
 from rewards.registry import build_reward
 
@@ -79,6 +87,10 @@ def print_plan(config: Config, console: Console) -> None:
     trained, held_out = load_prompts(config.prompts.train), load_prompts(config.prompts.eval)
     rewards = {name: build_reward(name, r) for name, r in {**config.rewards, **config.eval_rewards}.items()}
     check_gradients(config, rewards, trained)
+    check_trainable(config, rewards, trained)
+    if config.objective.type == "condition_consistency":  # whether it needs labels, its network will say
+        check_examples(trained, 0, 0, "prompts.train")
+        check_examples(held_out[: config.eval.prompts], 0, 0, "prompts.eval")
     console.print(to_yaml(config), markup=False, highlight=False)
     console.print(f"{len(trained):,} training prompts, {min(len(held_out), config.eval.prompts):,} for evaluation")
     console.print(geometry_table(config, geometry(config, 1)))
@@ -203,21 +215,32 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def _evaluate(run: Run, count: int, keep: int, weights: Any, on_progress: Any = None) -> Evaluation:
+def _evaluate(
+    run: Run, count: int, keep: int, weights: Any, on_progress: Any = None, before_scoring: Any = None
+) -> Evaluation:
     config, before = run.config, rng_state()
-    evaluation = evaluate(
-        run.model,
-        run.rewards,
-        run.eval_prompts[:count],
-        run.accelerator,
-        num_steps=config.eval.num_steps,
-        guidance_scale=deploy_guidance(config),
-        seed=config.eval.seed,
-        batch_size=config.train.rollout_batch,
-        keep_images=keep,
-        weights=weights,
-        progress=on_progress,
-    )
+    settings: dict[str, Any] = {
+        "num_steps": config.eval.num_steps,
+        "guidance_scale": deploy_guidance(config),
+        "seed": config.eval.seed,
+        "batch_size": config.train.rollout_batch,
+    }
+    with weights:
+        evaluation = evaluate(
+            run.model,
+            fixed_rewards(run.rewards),
+            run.eval_prompts[:count],
+            run.accelerator,
+            keep_images=keep,
+            progress=on_progress,
+            before_scoring=before_scoring,
+            required=count >= len(run.eval_prompts),  # of a few prompts, a reward may have nothing to say
+            **settings,
+        )
+        if run.embedder is not None:
+            wanted = config.eval.diversity
+            prompts = run.eval_prompts[: wanted.prompts]
+            evaluation.diversity = measure(run.model, run.embedder, prompts, wanted.images, run.accelerator, **settings)
     restore_rng(before)  # what rewards draw while they only measure must not change the training
     return evaluation
 
@@ -225,7 +248,9 @@ def _evaluate(run: Run, count: int, keep: int, weights: Any, on_progress: Any = 
 def _evaluate_base(run: Run) -> Evaluation:
     """Scores and grid images of the base model; read back from the run's folder when it continues."""
     folder, config = run.config.run_dir, run.config.eval
-    stored = _stored_base(run) if run.counters.iteration else None
+    tell_rewards(run)
+    waiting = any(reward.needs_reference for reward in run.rewards.values())
+    stored = _stored_base(run) if run.counters.iteration and not waiting else None
     if stored is not None:
         return stored
     with _progress(run.console) as bar:
@@ -234,7 +259,9 @@ def _evaluate_base(run: Run) -> Evaluation:
         def on_progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        base = _evaluate(run, config.prompts, config.grid_prompts, run.model.reference(), on_progress)
+        fit = functools.partial(fit_rewards, run)
+        base = _evaluate(run, config.prompts, config.grid_prompts, run.model.reference(), on_progress, fit)
+    settle(run, base)
     if run.main:
         for i, image in enumerate(base.images):
             save_png(as_image(image), folder / "samples" / "base" / f"{i:04d}.png")
@@ -258,7 +285,7 @@ def _stored_base(run: Run) -> Evaluation | None:
         return None  # damaged files: the base is evaluated again
     same = {"prompts": [p.text for p in run.eval_prompts], "num_steps": config.num_steps, "seed": config.seed}
     same["guidance_scale"] = deploy_guidance(run.config)
-    if any(data.get(k) != v for k, v in same.items()) or set(data["scores"]) != set(run.rewards):
+    if any(data.get(k) != v for k, v in same.items()) or set(data["scores"]) != set(fixed_rewards(run.rewards)):
         return None
     values = {k: torch.tensor([float("nan") if x is None else x for x in v]) for k, v in data["scores"].items()}
     scores = Scores(values, {k: ~v.isnan() for k, v in values.items()})
@@ -269,7 +296,8 @@ def _evaluate_tuned(run: Run, count: int, weights: Any, bar: Progress, task: Any
     def on_progress(done: int, total: int) -> None:
         bar.update(task, stage=f"evaluating {done}/{total}")
 
-    keep = run.config.eval.grid_prompts if count >= len(run.eval_prompts) else 0
+    shown = run.config.eval
+    keep = max(shown.pictures, shown.grid_prompts if count >= len(run.eval_prompts) else 0)
     return _evaluate(run, count, keep, weights, on_progress)
 
 
@@ -279,8 +307,16 @@ def _log_evaluation(run: Run, evaluation: Evaluation, count: int) -> None:
     for name, scores in evaluation.scores.values.items():
         values[f"eval/{name}"] = float(scores[:count].double().nanmean())
         values[f"eval/{name}_ci95"] = half_width(scores[:count])
+    values |= evaluation.diversity
     assert run.tracker is not None
-    run.tracker.log("eval", run.counters.iteration, values)
+    folder, done = run.config.run_dir, run.counters.iteration
+    if done and run.main:
+        values |= metrics_of(folder, values)
+    run.tracker.log("eval", done, values)
+    if done and run.main:  # of the base, eval/base.json and samples/base say the same
+        keep_snapshot(folder, done, evaluation, count, run.config.eval.pictures)
+        if line := warning_of(folder):
+            run.warn_once("hacking", line)
 
 
 def finish(run: Run, base: Evaluation) -> dict[str, Any]:
@@ -297,9 +333,12 @@ def finish(run: Run, base: Evaluation) -> dict[str, Any]:
     if run.main:
         write_json(folder / "eval" / "tuned.json", tuned.to_json())
         with run.result():
-            adapter = export_adapter(run.model, folder / "adapter")
+            adapter = export_adapter(run.model, folder / run.model.result_name)
         grid = save_comparison(
-            folder / "grids" / "base_vs_tuned.png", {"base": base, "tuned": tuned}, config.eval.grid_prompts
+            folder / "grids" / "base_vs_tuned.png",
+            {"base": base, "tuned": tuned},
+            config.eval.grid_prompts,
+            conditions_of(run.model, base.prompts[: config.eval.grid_prompts]),
         )
         deltas = {
             name: paired_interval(base.scores.values[name], tuned.scores.values[name]) for name in base.scores.values
@@ -311,7 +350,7 @@ def finish(run: Run, base: Evaluation) -> dict[str, Any]:
             "iterations": run.counters.iteration,
             "nfe": run.counters.nfe,
             "seconds": run.counters.seconds,
-            "adapter": str(adapter),
+            run.model.result_name: str(adapter),
             "grid": str(grid),
             "report": str(folder / "report.html"),
         }
@@ -324,12 +363,15 @@ def finish(run: Run, base: Evaluation) -> dict[str, Any]:
     return summary
 
 
-def save_comparison(path: Path, columns: dict[str, Evaluation], count: int) -> Path:
-    """Grid of the first `count` prompts, one column per evaluation, scores under each cell."""
+def save_comparison(
+    path: Path, columns: dict[str, Evaluation], count: int, conditions: Tensor | None = None
+) -> Path:
+    """Grid of the first `count` prompts, one column per evaluation, scores under each cell; what was followed goes first."""
     first = next(iter(columns.values()))
     rows = min(count, len(first.prompts))
+    followed = {} if conditions is None else {"condition": list(conditions[:count])}
     picture = comparison_grid(
-        {label: list(e.images[:count]) for label, e in columns.items()},
+        followed | {label: list(e.images[:count]) for label, e in columns.items()},
         [p.text for p in first.prompts[:count]],
         {
             label: {name: [float(x) for x in v[:count]] for name, v in e.scores.values.items()}
@@ -361,8 +403,9 @@ def print_summary(summary: dict[str, Any], prompts: int, console: Console) -> No
             f"[{low:+.4f}, {high:+.4f}]".replace("[", r"\["),
         )
     console.print(table)
-    for key in ("adapter", "grid", "report"):
-        console.print(f"{key:8}{summary[key]}", highlight=False, soft_wrap=True)
+    for key in ("adapter", "controlnet", "grid", "report"):
+        if key in summary:
+            console.print(f"{key:11}{summary[key]}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -70,6 +70,7 @@ def load_setup(target: str, adapter: str | None = None, seed: int | None = None,
         setup = load_target(target, adapter, seed=seed, scale=scale)
     if setup.config is not None and setup.config.sampler.psi is not None and (run / "psi.json").is_file():
         setup.config.sampler.psi = str(run / "psi.json")  # what this run was trained with, wherever its folder is now
+    setup = replace(setup, folder=run)
     return setup if scale else replace(setup, adapter=None)
 
 

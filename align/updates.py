@@ -125,11 +125,18 @@ def weighted_pairs(run: Run, batch: Batch, pairs: Pairs, weights: Tensor) -> tup
 
 
 def clipped_ratio_pairs(
-    run: Run, batch: Batch, pairs: Pairs, advantages: Tensor, lagging: bool
+    run: Run,
+    batch: Batch,
+    pairs: Pairs,
+    advantages: Tensor,
+    lagging: bool,
+    gated: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss (M,) of stored steps scored again, diagnostics (M,), and forwards per pair.
 
-    advantages: (n, S); lagging: whether the weights that sampled differ from the live ones.
+    advantages: (n, S); lagging: whether the weights that sampled differ from the live ones; gated: (n,) bool, the samples
+    with a KL term, None: all; factors: (n, S) of the loss but for that term, outside the clip, None: 1.
     """
     config = run.config.objective
     x, x_next, cond, (t, t_next, levels) = stored_steps(run, batch, pairs)
@@ -155,23 +162,33 @@ def clipped_ratio_pairs(
         old = torch.zeros_like(old)
     weight = advantages[pairs.rows, pairs.columns].to(x.device)
     loss, info = clipped_ratio_loss(score, old, weight, config.clip_range)
+    if factors is not None:
+        loss = loss * factors[pairs.rows, pairs.columns].to(x.device, loss.dtype)
     if reference is not None:
         if config.kl_form == "velocity_mse":
             penalty = velocity_mse(v, reference[1])
         else:
             interval = noise_interval(run.kernel, t, t_next)
             penalty = transition_kl(step.mean, reference[0].mean, step.std, config.kl_form, interval)
-        loss = loss + config.kl_beta * penalty
+        held = penalty if gated is None else torch.where(gated[pairs.rows].to(x.device), penalty, 0.0)
+        loss = loss + config.kl_beta * held
         info["kl"] = penalty.detach()
     return loss, info, forwards
 
 
 def forward_process_pairs(
-    run: Run, batch: Batch, pairs: Pairs, advantages: Tensor, times: Tensor, lagging: bool
+    run: Run,
+    batch: Batch,
+    pairs: Pairs,
+    advantages: Tensor,
+    times: Tensor,
+    lagging: bool,
+    gated: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss (M,) of re-noised final images, diagnostics (M,), and forwards per pair.
 
-    advantages: (n, 1); times: (n, m) grid indices; lagging: whether the old policy differs from the live weights.
+    advantages: (n, 1); times: (n, m) grid indices; lagging: whether the old policy differs from the live weights; gated:
+    (n,) bool, the samples with the term of the base, None: all.
     """
     config, seed = run.config.objective, run.config.train.seed
     steps = times[pairs.rows, pairs.columns]
@@ -205,7 +222,8 @@ def forward_process_pairs(
     v = run.model.velocity(x, t, cond)
     # without lag the old policy is the live one: its prediction is the one just made
     v_old = v.detach() if v_old is None else v_old
-    loss, info = forward_process_loss(v, v_old, x0, noise, t, advantages[pairs.rows, 0].to(x.device), config, v_ref)
+    weight, held = advantages[pairs.rows, 0].to(x.device), None if gated is None else gated[pairs.rows].to(x.device)
+    loss, info = forward_process_loss(v, v_old, x0, noise, t, weight, config, v_ref, held)
     return loss, info, forwards
 
 

@@ -21,10 +21,11 @@ from curves import ROOT, Rows, change_at, finals_of, place, spread
 from align.config import load_resolved
 from align.evaluate import sample_images
 from align.models.base import load_model
-from align.playground.diversity import embedding_diversity, layout_diversity, read_layouts
+from align.playground.diversity import layout_diversity, read_layouts
 from align.playground.proxy import embed_images, load_proxy
 from align.prompts import load_prompts
 from align.runfolder import metric_rows
+from rewards.diversity import embedding_diversity
 
 RESULTS = ROOT / "benchmarks" / "results" / "branching.json"
 B2 = "configs/playground/b2_diffurl.yaml"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import textwrap
-from collections.abc import Iterable
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RewardError(ValueError):
@@ -95,6 +98,16 @@ class Reward:
     """True if the same input gives the same score on the same machine."""
     max_batch: int = 64
     """Most images of one call of `score`; larger batches are cut by `checked_score`."""
+    trainable: bool = False
+    """True if `update` trains it along with the policy; its scores of different iterations are then not comparable."""
+    references: str | None = None
+    """Trainable: folder of the images that `update` compares with; None: the prompts' own images."""
+    rests: bool = False
+    """Whether its networks are on the CPU but while it scores (`offload` in the configuration), see `onloaded`."""
+    _users: int = 0
+    """Uses of `onloaded` that want it on its device."""
+    _homes: Sequence[tuple[nn.Module, torch.device]] = ()
+    """Networks that are on the CPU and where they belong."""
 
     def setup(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load what scoring needs onto `device`; `dtype` is the precision of networks, scores stay float32."""
@@ -105,9 +118,108 @@ class Reward:
         Called after `setup` by a run that differentiates; scores and gradients stay the same.
         """
 
+    def policy_turn(self, iteration: int) -> bool:
+        """Trainable: whether the policy learns in this iteration, counted from 0."""
+        return True
+
+    def update(
+        self, generated: RewardBatch, reference: Tensor, total: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Trainable: learn from this process's images of an iteration, after the policy did; returns metrics by name.
+
+        reference: (B, 3, H, W) in [0, 1], one image to be like for each that was generated; both kinds are on the CPU, for
+        they may be many. total(x): the sum over all processes of x, on the reward's device; each takes part in it equally
+        often. Until the next call, scores come from one state. Must leave the policy and the global random states alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is trainable and must define update")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trainable: all that `update` changes, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Trainable: go on from `state_dict`, after `setup`."""
+
+    def offload(self) -> None:
+        """Move its networks to the CPU. Called after `setup`, never during `score`."""
+        if self._homes:
+            return
+        self._homes = [(module, device) for module in networks(self) if (device := _device(module)) is not None]
+        for module, _ in self._homes:
+            module.to("cpu")
+
+    def onload(self) -> None:
+        """Bring back what `offload` moved; scores are the same as without."""
+        for module, device in self._homes:
+            module.to(device)
+        self._homes = ()
+
+    @property
+    def needs_reference(self) -> bool:
+        """True while it cannot score for want of statistics of the base model's images (`use_reference`)."""
+        return False
+
+    def reference_scores(self, batch: RewardBatch) -> dict[str, Tensor]:
+        """Numbers (B,) by key, NaN where missing, whose `reference_statistics` over the base model's images it needs."""
+        return {}
+
+    def use_reference(self, statistics: Mapping[str, Mapping[str, float]]) -> None:
+        """Take the statistics: key of `reference_scores` -> {"mean", "std"}; they stay what they are for a whole run."""
+
     def score(self, batch: RewardBatch) -> RewardOutput:
         """Judge every image of the batch. A sample that cannot be judged gets NaN, never 0 and never an exception."""
         raise NotImplementedError(f"{type(self).__name__} must define score(batch)")
+
+
+def held(owner: Any, depth: int = 12, seen: set[int] | None = None) -> Iterator[Tensor | nn.Module]:
+    """Tensors and modules that an object holds in attributes and containers; a module's own inside is left to it."""
+    seen = set() if seen is None else seen
+    if id(owner) in seen or depth < 0:
+        return
+    seen.add(id(owner))
+    if isinstance(owner, nn.Module | Tensor):
+        yield owner
+    elif isinstance(owner, dict):
+        for value in list(owner.values()):
+            yield from held(value, depth - 1, seen)
+    elif isinstance(owner, list | tuple | set):
+        for value in owner:
+            yield from held(value, depth - 1, seen)
+    elif not isinstance(owner, type | types.ModuleType | types.FunctionType) and hasattr(owner, "__dict__"):
+        yield from held(vars(owner), depth - 1, seen)
+
+
+def networks(reward: Reward) -> list[nn.Module]:
+    """Modules that a reward holds, also in rewards that it is made of."""
+    return [found for found in held(reward) if isinstance(found, nn.Module)]
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where a module is; None if it has nothing to move."""
+    first = next(iter([*module.parameters(), *module.buffers()]), None)
+    return None if first is None else first.device
+
+
+_MOVES = threading.RLock()
+
+
+@contextlib.contextmanager
+def onloaded(rewards: Iterable[Reward]) -> Iterator[None]:
+    """Inside, rewards that rest on the CPU are on their device. A use within a use moves nothing."""
+    resting = [reward for reward in rewards if reward.rests]
+    with _MOVES:
+        for reward in resting:
+            reward._users += 1
+            if reward._users == 1:
+                reward.onload()
+    try:
+        yield
+    finally:
+        with _MOVES:
+            for reward in resting:
+                reward._users -= 1
+                if reward._users == 0:
+                    reward.offload()
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -135,7 +247,8 @@ def checked_score(reward: Reward, batch: RewardBatch) -> RewardOutput:
     can be the images of one prompt.
     """
     chunks = _chunks(reward, batch)
-    outputs = [_score_chunk(reward, batch if len(chunks) == 1 else batch.select(index)) for index in chunks]
+    with onloaded([reward]):
+        outputs = [_score_chunk(reward, batch if len(chunks) == 1 else batch.select(index)) for index in chunks]
     if len(outputs) == 1:
         return outputs[0]
     return _merge(outputs, torch.argsort(torch.cat(chunks)))
@@ -202,6 +315,8 @@ def _checked(reward: Reward, batch: RewardBatch, output: RewardOutput) -> Reward
         uncertainty = uncertainty.to(device, torch.float32)
         if bool((uncertainty < 0).any()):
             raise RewardError(f"reward '{name}' returned a negative uncertainty ({uncertainty.min().item():g})")
+        if bool(uncertainty.isinf().any()):
+            raise RewardError(f"reward '{name}' returned an infinite uncertainty: return NaN where it is not known")
     scores = torch.where(valid, scores, torch.nan)
     return RewardOutput(scores, components, uncertainty, valid, dict(output.info))
 
@@ -239,8 +354,8 @@ def _merge(outputs: list[RewardOutput], order: Tensor) -> RewardOutput:
         key: joined([output.components.get(key, blank) for output, blank in zip(outputs, missing, strict=True)])
         for key in keys
     }
-    uncertainties = [output.uncertainty for output in outputs]
-    known = [value for value in uncertainties if value is not None]
+    # a chunk that a service did not answer says nothing of how sure it is, and must not silence the others
+    doubts = [blank if output.uncertainty is None else output.uncertainty for output, blank in zip(outputs, missing, strict=True)]
     info: dict[str, Any] = {}
     for key in dict.fromkeys(key for output in outputs for key in output.info):
         parts = [output.info.get(key) for output in outputs]
@@ -255,7 +370,7 @@ def _merge(outputs: list[RewardOutput], order: Tensor) -> RewardOutput:
     return RewardOutput(
         scores=joined([output.scores for output in outputs]),
         components=components,
-        uncertainty=joined(known) if len(known) == len(outputs) else None,
+        uncertainty=None if all(output.uncertainty is None for output in outputs) else joined(doubts),
         valid=joined([output.valid for output in outputs]),
         info=info,
     )

@@ -41,6 +41,8 @@ class CachedReward(Reward):
         self.inner = build_reward(type, RewardConfig(type=type, args=dict(args or {})))
         if self.inner.kind == "groupwise":
             raise RewardError(f"{type} compares whole groups, so the score of one image cannot be kept")
+        if self.inner.needs_reference:
+            raise RewardError(f"{type} waits for the run's base evaluation: cache its members, each on its own")
         self.size = size
         self.uses_prompt = self.inner.uses_prompt
         self.deterministic = self.inner.deterministic

@@ -71,13 +71,20 @@ class CLIPScore(Reward):
         self._loaded().model.visual.set_grad_checkpointing(True)
 
     def score(self, batch: RewardBatch) -> RewardOutput:
-        return RewardOutput(self.similarity(batch.images, batch.prompts).float())
+        return self.output(self.similarity(batch.images, batch.prompts).float())
+
+    def output(self, cosines: Tensor) -> RewardOutput:
+        """What the reward makes of cosines (B,) float32."""
+        return RewardOutput(cosines)
 
     def similarity(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosine (B,) of each image with its own prompt, in float32 or, if so set up, float64."""
         pictures = self.embed_images(images)
-        texts = torch.stack([self._text(prompt) for prompt in prompts])
-        return (pictures * texts).sum(dim=-1)
+        return (pictures * self.embed_texts(prompts)).sum(dim=-1)
+
+    def embed_texts(self, prompts: list[str]) -> Tensor:
+        """Embeddings (B, D) of unit norm of prompts, without gradient."""
+        return torch.stack([self._text(prompt) for prompt in prompts])
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Embeddings (B, D) of unit norm of images (B, 3, H, W) in [0, 1], in the precision of `similarity`."""

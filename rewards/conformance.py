@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, checked_score, one_line
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, checked_score, held, networks, one_line
 from rewards.preprocess import resize
 
 Status = Literal["pass", "fail", "n/a"]
@@ -202,9 +201,9 @@ def _scores(reward: Reward, batch: RewardBatch) -> Tensor:
 
 
 def _loads_nothing(reward: Reward) -> Outcome:
-    held = list(_held(reward))
-    modules = [type(x).__name__ for x in held if isinstance(x, nn.Module)]
-    size = sum(x.numel() * x.element_size() for x in held if isinstance(x, Tensor))
+    found = list(held(reward))
+    modules = [type(x).__name__ for x in found if isinstance(x, nn.Module)]
+    size = sum(x.numel() * x.element_size() for x in found if isinstance(x, Tensor))
     if modules:
         return FAIL, f"the constructor built {', '.join(modules)}: build and load networks in setup(device, dtype)"
     if size > _HELD_BYTES:
@@ -434,7 +433,7 @@ def _gradient(probe: _Probe) -> Outcome:
 
 
 def _frozen(probe: _Probe) -> Outcome:
-    modules = _modules(probe.reward)
+    modules = networks(probe.reward)
     if not modules:
         return NOT_APPLICABLE, "it holds no torch module"
     free = sum(p.requires_grad for module in modules for p in module.parameters())
@@ -444,34 +443,12 @@ def _frozen(probe: _Probe) -> Outcome:
 
 
 def _evaluation_mode(probe: _Probe) -> Outcome:
-    modules = _modules(probe.reward)
+    modules = networks(probe.reward)
     if not modules:
         return NOT_APPLICABLE, "it holds no torch module"
     if any(part.training for module in modules for part in module.modules()):
         return FAIL, "a module is in training mode, so dropout is on: call network.eval() in setup"
     return PASS, "every module is in evaluation mode"
-
-
-def _modules(reward: Reward) -> list[nn.Module]:
-    return [found for found in _held(reward) if isinstance(found, nn.Module)]
-
-
-def _held(owner: Any, depth: int = 12, seen: set[int] | None = None) -> Iterator[Any]:
-    """Tensors and modules that an object holds in attributes and containers; a module's own inside is left to it."""
-    seen = set() if seen is None else seen
-    if id(owner) in seen or depth < 0:
-        return
-    seen.add(id(owner))
-    if isinstance(owner, nn.Module | Tensor):
-        yield owner
-    elif isinstance(owner, dict):
-        for value in list(owner.values()):
-            yield from _held(value, depth - 1, seen)
-    elif isinstance(owner, list | tuple | set):
-        for value in owner:
-            yield from _held(value, depth - 1, seen)
-    elif not isinstance(owner, type | types.ModuleType | types.FunctionType) and hasattr(owner, "__dict__"):
-        yield from _held(vars(owner), depth - 1, seen)
 
 
 _FIRST_POINTS: tuple[tuple[str, Callable[[RewardOutput], Outcome]], ...] = (

@@ -117,7 +117,8 @@ class _Judgement(NamedTuple):
 class JudgeReward(Reward):
     """Asks a vision-language model about each image, several at a time; an image it fails on has no score.
 
-    `yes_no`: the share of Yes (or of `good`) against No in [0, 1], or its log-odds; components "p_yes" and "log_odds".
+    `yes_no`: the share of Yes (or of `good`) against No in [0, 1], or its log-odds; components "p_yes" and "log_odds",
+    uncertainty 4 p (1 - p).
     `score`: the number in the answer, within `score_range`. Answers are in `info["answer"]`, reasons of missing scores
     in `info["problem"]`. If no image of a call gets an answer, RewardError tells the reason.
     """
@@ -221,7 +222,8 @@ class JudgeReward(Reward):
         sign = 1.0 if self.good == "yes" else -1.0
         share = p_yes if self.good == "yes" else 1 - p_yes
         scores = share if self.output == "probability" else (sign * values).clamp(-self.clip, self.clip)
-        return RewardOutput(scores, {"p_yes": p_yes, "log_odds": values}, info=info)
+        doubt = 4 * p_yes * (1 - p_yes)  # 1 where it cannot decide, 0 where it is certain
+        return RewardOutput(scores, {"p_yes": p_yes, "log_odds": values}, doubt, info=info)
 
     def _judged(self, picture: str, prompt: str) -> _Judgement:
         if not picture:

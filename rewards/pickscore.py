@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewards.base import RewardBatch, RewardError, RewardOutput
+from rewards.base import RewardError, RewardOutput
 from rewards.clip import CLIPScore
 from rewards.open_clip_models import LoadedClip
 from rewards.weights import CLIP_MEAN, CLIP_STD, load_pretrained, load_tokenizer, loading, recompute_layers
@@ -56,8 +56,8 @@ class PickScore(CLIPScore):
     def enable_checkpointing(self) -> None:
         recompute_layers(self._loaded().model.network)
 
-    def score(self, batch: RewardBatch) -> RewardOutput:
-        raw = self.scale * self.similarity(batch.images, batch.prompts).float()
+    def output(self, cosines: Tensor) -> RewardOutput:
+        raw = self.scale * cosines
         return RewardOutput(raw / self.divisor, components={"raw": raw})
 
 

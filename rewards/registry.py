@@ -15,24 +15,32 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rewards.base import Reward, RewardError, nearest, one_line
+import torch
+
+from rewards.base import Reward, RewardError, nearest, networks, one_line
 from rewards.function import FunctionReward
 
 ENTRY_POINT_GROUP = "align.rewards"
 
 # Targets are strings, so that naming a reward imports nothing.
 _REGISTERED = {
+    "adversarial": "rewards.adversarial:AdversarialReward",
     "aesthetic": "rewards.aesthetic:AestheticScore",
     "aesthetic_v25": "rewards.aesthetic:AestheticV25",
+    "artifact": "rewards.artifact:ArtifactReward",
+    "augmented": "rewards.augmented:AugmentedReward",
     "brightness": "rewards.debug:BrightnessReward",
     "cached": "rewards.cache:CachedReward",
     "clip": "rewards.clip:CLIPScore",
+    "d2align": "rewards.directional:DirectionalReward",
+    "ensemble": "rewards.ensemble:EnsembleReward",
     "geneval": "rewards.geneval:GenEvalReward",
     "hps": "rewards.hps:HPSv2",
     "imagereward": "rewards.imagereward:ImageReward",
     "jpeg": "rewards.jpeg:JPEGReward",
     "judge": "rewards.judge:JudgeReward",
     "ocr": "rewards.ocr:OCRReward",
+    "pal": "rewards.pal:PALReward",
     "pickscore": "rewards.pickscore:PickScore",
     "remote": "rewards.remote:RemoteReward",
 }
@@ -50,6 +58,8 @@ class RewardConfig:
     """Arguments of the class, or further keyword arguments of the function."""
     max_batch: int | None = None
     """Most images scored in one call; by default what the reward asks for."""
+    offload: bool = False
+    """Keep its networks on the CPU, and on its device only while images are scored."""
 
     def validate(self) -> list[str]:
         """Errors of this entry, one line each; nothing is imported."""
@@ -115,7 +125,24 @@ def build_reward(name: str, config: RewardConfig) -> Reward:
     reward.name = name
     if config.max_batch is not None:
         reward.max_batch = config.max_batch
+    reward.rests = config.offload
     return reward
+
+
+def set_up_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> dict[str, Reward]:
+    """Rewards by name, ready to score on `device` in float32; those with `offload` leave it until they do.
+
+    Raises: RewardError if a reward cannot be set up, or has nothing to offload.
+    """
+    rewards = {}
+    for name, config in configs.items():
+        reward = rewards[name] = build_reward(name, config)
+        reward.setup(device, torch.float32)
+        if config.offload:
+            if type(reward).offload is Reward.offload and not networks(reward):
+                raise RewardError(f"reward '{name}': offload: it holds no network that could leave the device; remove offload")
+            reward.offload()
+    return rewards
 
 
 def _type_errors(kind: str) -> list[str]:

@@ -114,10 +114,15 @@ def create_app(
 ) -> FastAPI:
     """The service of `reward`, which is set up on `device` already; with `token`, every request must carry it.
 
-    Raises: RewardError for a groupwise reward, whose groups a client would cut.
+    Raises: RewardError for a groupwise reward, whose groups a client would cut, and for one that waits for a run.
     """
     if reward.kind == "groupwise":
         raise RewardError(f"reward '{reward.name}' compares whole groups: only pointwise rewards can be served")
+    if reward.needs_reference:
+        raise RewardError(
+            f"reward '{reward.name}' waits for a run's base evaluation, and no run reaches it here: name a run's "
+            "uncertainty.json in args.reference, or set args.standardise to none"
+        )
     service = _Service(reward, token, limits or Limits(), torch.device(device))
 
     @contextlib.asynccontextmanager

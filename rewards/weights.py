@@ -100,6 +100,17 @@ def load_pretrained(kind: Any, given: str, argument: str, dtype: torch.dtype) ->
     return model.eval().requires_grad_(False)
 
 
+def model_type(given: str, argument: str) -> str:
+    """The `model_type` in the config.json of a folder or hub id in transformers' format. Raises RewardError."""
+    from transformers import AutoConfig
+
+    _check_folder(given, argument)
+    try:
+        return str(AutoConfig.from_pretrained(_expanded(given)).model_type)
+    except Exception as error:
+        raise _unavailable(given, argument, one_line(error)) from error
+
+
 def load_tokenizer(kind: Any, given: str, argument: str) -> Any:
     """A transformers tokenizer of class `kind`, from a folder or a hub id. Raises RewardError."""
     _check_folder(given, argument)

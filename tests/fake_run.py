@@ -128,3 +128,46 @@ def write_fake_run(folder: Path, *, finished: bool = True, iterations: int = 80,
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def hack(
+    folder: Path,
+    *,
+    best: int = 30,
+    height: float = 0.5,
+    checkpoints: tuple[int, ...] = (20, 30, 80),
+    snapshots: bool = True,
+) -> Path:
+    """Make the fake run in `folder` one whose `clip` rises to `best` and falls after it, to one std below the base.
+
+    `height`: at the best, in std. `checkpoints`: those that are there. `snapshots`: with the scores by prompt and pictures
+    of every evaluation.
+    """
+    rng = np.random.default_rng(1)
+    base = json.loads((folder / "eval" / "base.json").read_text())
+    unit = float(np.std(base["scores"]["clip"]))
+    settings = {key: base[key] for key in ("num_steps", "guidance_scale", "seed")}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] != "eval":
+            continue
+        i = row["iteration"]
+        change = unit * (height * i / best if i <= best else height - (1 + height) * (i - best) / (80 - best))
+        scores = {name: np.array(values) for name, values in base["scores"].items()}
+        if i:
+            scores["clip"] = scores["clip"] + change + rng.normal(0, 0.3 * unit, len(scores["clip"]))
+            scores["verifier"] = scores["verifier"] + row["eval/verifier"] - 0.45
+        row |= {f"eval/{name}": float(values.mean()) for name, values in scores.items()}
+        if snapshots and i:
+            kept = {**settings, "scores": {name: values.tolist() for name, values in scores.items()}}
+            (folder / "eval" / f"iteration-{i:06d}.json").write_text(json.dumps(kept))
+        if snapshots:
+            place = folder / "samples" / (f"iteration-{i:06d}" if i else "base")
+            place.mkdir(parents=True, exist_ok=True)
+            for number in range(4):
+                save_png(picture(rng, list(COLOURS)[number % 4]), place / f"{number:04d}.png")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in checkpoints:
+        (folder / "checkpoints" / f"iteration-{i:06d}" / "adapter").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints" / f"iteration-{i:06d}" / "state.json").write_text("{}")
+    return folder

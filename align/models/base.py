@@ -66,6 +66,9 @@ class ModelConfig:
     """release: embed every prompt of the run first, then free the text encoders. keep: embed per iteration."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapter."""
+    controlnet: str | None = None
+    """ControlNet that is trained in place of an adapter (objective.type condition_consistency): a diffusers folder, a hub
+    id, `unet` to make one from the model's own UNet, or `playground`; null: none."""
 
     def validate(self) -> list[str]:
         """Mistakes that types cannot catch, one line each."""
@@ -116,6 +119,8 @@ class ImageModel:
     """Further arguments of `from_pretrained`."""
     end_time = 0.0
     """Flow time of final states: the last time of every grid."""
+    result_name = "adapter"
+    """What a run trains, and the folder that it lands in."""
 
     def __init__(self, pipe: Any, config: ModelConfig, device: torch.device) -> None:
         self.pipe, self.config, self.device = pipe, config, device
@@ -190,10 +195,13 @@ class ImageModel:
         guidance = self.guidance_scale
         if guidance == 1.0:
             return self._predict(x, t, cond)
-        empty = self.conditioning([""]).take([0] * len(x))
-        both = self._predict(torch.cat([x, x]), torch.cat([t, t]), Conditioning.stack([cond, empty]))
+        both = self._predict(torch.cat([x, x]), torch.cat([t, t]), Conditioning.stack([cond, self.unconditional(cond)]))
         conditional, unconditional = both.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
+
+    def unconditional(self, cond: Conditioning) -> Conditioning:
+        """What guidance leads away from: the empty prompt, as often as `cond` has rows."""
+        return self.conditioning([""]).take([0] * len(cond))
 
     def held_slope(self, t: Tensor) -> Tensor:
         """(B,) float32: derivative of the velocity by x at t (B,) where the network's output is held, with any guidance."""
@@ -267,6 +275,10 @@ class ImageModel:
         return ((mode - (config.shift_factor or 0.0)) * config.scaling_factor).float().contiguous()
 
     # -- the adapter --------------------------------------------------------------------------------------------
+
+    def trained_parameters(self, seed: int) -> list[torch.nn.Parameter]:
+        """Make trainable what a run trains, by default a new LoRA, and return its parameters in name order."""
+        return self.add_lora(seed)
 
     def add_lora(self, seed: int) -> list[torch.nn.Parameter]:
         """Attach a trainable LoRA named `default` (float32, zero update) and return its parameters, in name order."""
@@ -433,10 +445,23 @@ def family_of(config: ModelConfig) -> type[ImageModel]:
             raise UserError(
                 f"model.family: '{config.path}' is a {name} without a {family.denoiser_name}; use family=auto"
             )
-        return family
+        return _with_controlnet(family, config)
     if name not in pipelines:
         raise UserError(f"model.path: '{config.path}' is a {name}; supported: {', '.join(pipelines)}")
-    return families[pipelines[name]]
+    return _with_controlnet(families[pipelines[name]], config)
+
+
+def _with_controlnet(family: type[ImageModel], config: ModelConfig) -> type[ImageModel]:
+    if config.controlnet is None:
+        return family
+    from align.models.controlnet import ControlNetSDModel
+
+    if not issubclass(ControlNetSDModel, family):
+        raise UserError(
+            f"model.controlnet: '{config.path}' is of the family {family.family}, and a ControlNet is supported for Stable "
+            "Diffusion 1 and 2 (sd) only"
+        )
+    return ControlNetSDModel
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> ImageModel:

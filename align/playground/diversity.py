@@ -1,6 +1,6 @@
-"""How different the images of one prompt are: by a network's embeddings, and by what the verifier reads in them.
+"""How different the images of one prompt are by what the verifier reads in them.
 
-Both measures are a mean over the pairs of a group's images, so they do not grow with the number of images.
+A mean over the pairs of a group's images, as `rewards.diversity.embedding_diversity` is over a network's embeddings.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from align.playground.reader import Reading, read
 from align.playground.scenes import COLORS, SHAPES, SIZE
 from rewards.base import to_uint8
+from rewards.diversity import group_mean, pairs_of
 
 MOST_OBJECTS = 8  # the largest objects of an image are compared; a scene has at most four
 FAR = SIZE / 2  # pixels; centres that lie farther apart count as fully different places
@@ -22,22 +23,11 @@ _COLORS: dict[str | None, int] = {name: i for i, name in enumerate((None, *COLOR
 _SHAPES: dict[str | None, int] = {name: i for i, name in enumerate((None, *SHAPES))}
 
 
-def embedding_diversity(embeddings: Tensor, group_ids: Tensor) -> Tensor:
-    """Mean of 1 - cosine over the pairs of each group, in [0, 2].
-
-    embeddings: (N, E), any length but zero. group_ids: (N,) int, in any order. Returns (G,) float64 on the CPU, in
-    ascending order of the id, NaN for a group of one image.
-    """
-    first, second = _pairs(group_ids, len(embeddings))
-    unit = torch.nn.functional.normalize(embeddings.detach().cpu().double(), dim=-1)
-    return _group_mean(1 - (unit[first] * unit[second]).sum(-1), group_ids, first)
-
-
 def layout_diversity(readings: Sequence[Reading], group_ids: Tensor) -> Tensor:
     """Mean `layout_distances` over the pairs of each group, in [0, 1]; shapes and order as in `embedding_diversity`."""
-    first, second = _pairs(group_ids, len(readings))
+    first, second = pairs_of(group_ids, len(readings))
     distances = layout_distances([readings[i] for i in first.tolist()], [readings[i] for i in second.tolist()])
-    return _group_mean(torch.from_numpy(distances), group_ids, first)
+    return group_mean(torch.from_numpy(distances), group_ids, first)
 
 
 def read_layouts(images: Tensor) -> list[Reading]:
@@ -93,21 +83,3 @@ def _assignment(cost: np.ndarray) -> np.ndarray:
             if taken >> column & 1:
                 np.minimum(best[taken], best[taken ^ 1 << column] + row[:, column], out=best[taken])
     return best[-1]
-
-
-def _pairs(group_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Row numbers (P,) of the two members of every pair within a group."""
-    if group_ids.shape != (count,):
-        raise ValueError(f"expected one group id for each of {count} images, got shape {tuple(group_ids.shape)}")
-    ids = group_ids.detach().cpu()
-    first, second = (ids[:, None] == ids[None]).triu(1).nonzero().unbind(1)
-    return first, second
-
-
-def _group_mean(values: Tensor, group_ids: Tensor, first: Tensor) -> Tensor:
-    """Mean of the pairs' values in each group (G,), ascending ids; NaN without a pair."""
-    ids, group = group_ids.detach().cpu().unique(return_inverse=True)
-    place = group[first]
-    sums = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, place, values)
-    counts = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, place, torch.ones_like(values))
-    return sums / counts

@@ -27,6 +27,8 @@ MAX_AREA = 1800.0  # pixels; a larger component is no shape. The largest object 
 MAX_SHAPE_DISTANCE = {"circle": 3.2, "square": 3.2, "triangle": 3.2, "star": 3.2, "ring": 4.8}
 
 _RADII = np.linspace(0.0, 2.7, 10)  # bin centres of the radial mass distribution, in whitened units
+UNREADABLE = 1 + len(SHAPES)
+"""What `read_shapes` says of a component without a shape."""
 _COLOR_NAMES = tuple(COLORS)
 _PALETTE = np.array([COLORS[c] for c in _COLOR_NAMES], np.float32)
 
@@ -57,15 +59,11 @@ class Reading:
 
 def read(images: np.ndarray) -> list[Reading]:
     """Read the objects of uint8 images (N, 64, 64, 3). Any content is fine; another shape or dtype is a ValueError."""
-    if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3) or images.dtype != np.uint8:
-        raise ValueError(f"expected uint8 images of shape (N, 64, 64, 3), got {images.dtype} {images.shape}")
+    _check(images)
     found: list[list[Found]] = [[] for _ in images]
     blobs = _measure(images)
     if len(blobs.area):
-        distances = _shape_distances(blobs.features) / np.array([MAX_SHAPE_DISTANCE[s] for s in SHAPES])
-        nearest = distances.argmin(1)
-        excess = np.maximum(blobs.stretch / MAX_STRETCH, blobs.area / MAX_AREA)[:, None]
-        distances = np.where(excess > 1.0, np.maximum(distances, excess), distances)
+        distances, nearest = _distances(blobs)
         for i in np.argsort(-blobs.area, kind="stable").tolist():
             found[int(blobs.image[i])].append(
                 Found(
@@ -80,9 +78,41 @@ def read(images: np.ndarray) -> list[Reading]:
     return [Reading(tuple(objects), int(blobs.speck_area[n])) for n, objects in enumerate(found)]
 
 
+def read_shapes(images: np.ndarray) -> np.ndarray:
+    """What shape each pixel belongs to, uint8 (N, 64, 64): 0 none, 1 + the place in SHAPES, or UNREADABLE.
+
+    images: uint8 (N, 64, 64, 3), else ValueError. An outline lies where half of a pixel is covered; specks are none.
+    """
+    _check(images)
+    shapes = np.zeros(images.shape[:3], np.uint8)
+    blobs = _measure(images)
+    if len(blobs.area):
+        distances, nearest = _distances(blobs)
+        accepted = distances[np.arange(len(nearest)), nearest] <= 1.0
+        of_blob = np.where(accepted, 1 + nearest, UNREADABLE).astype(np.uint8)
+        shapes.reshape(-1)[blobs.pixels] = of_blob[blobs.owners]
+    return shapes
+
+
+def _check(images: np.ndarray) -> None:
+    if images.ndim != 4 or images.shape[1:] != (SIZE, SIZE, 3) or images.dtype != np.uint8:
+        raise ValueError(f"expected uint8 images of shape (N, 64, 64, 3), got {images.dtype} {images.shape}")
+
+
+def _distances(blobs: _Blobs) -> tuple[np.ndarray, np.ndarray]:
+    """Distance (M, 5) of each component to each shape, 1 being the threshold, and the nearest shape (M,)."""
+    distances = _shape_distances(blobs.features) / np.array([MAX_SHAPE_DISTANCE[s] for s in SHAPES])
+    nearest = distances.argmin(1)
+    excess = np.maximum(blobs.stretch / MAX_STRETCH, blobs.area / MAX_AREA)[:, None]
+    return np.where(excess > 1.0, np.maximum(distances, excess), distances), nearest
+
+
 @dataclass
 class _Blobs:
-    """Arrays over the M components of a batch; features (M, F), center (M, 2); color -1 where none fits."""
+    """Arrays over the M components of a batch; features (M, F), center (M, 2); color -1 where none fits.
+
+    pixels, owners: flat indices of the pixels that a component covers by half or more, and the component of each.
+    """
 
     image: np.ndarray
     area: np.ndarray
@@ -91,6 +121,8 @@ class _Blobs:
     stretch: np.ndarray
     features: np.ndarray
     speck_area: np.ndarray
+    pixels: np.ndarray
+    owners: np.ndarray
 
 
 def _measure(images: np.ndarray) -> _Blobs:
@@ -131,7 +163,8 @@ def _measure(images: np.ndarray) -> _Blobs:
     cover = np.einsum("pc,pc->p", rel, tone[labels].astype(np.float32)) / norm[labels]
     weight = np.clip((cover - 0.3) / 0.4, 1e-3, 1.0)
     center, stretch, features = _shape_features(index, labels, weight, total)
-    return _Blobs(image, area, center, color, stretch, features, speck_area)
+    half = cover >= 0.5
+    return _Blobs(image, area, center, color, stretch, features, speck_area, index[half], labels[half])
 
 
 def _local_max(values: np.ndarray, reach: int = 4) -> np.ndarray:

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from align.advantages import AdvantageConfig, group_advantages
-from align.combination import CombineConfig, ConstraintConfig, combined_advantages
+from align.combination import CombineConfig, ConstraintConfig, base_units, combined_advantages, standardised
 from align.config import load_config, parse_config
 from align.config_checks import without_effect
 from align.constraints import advanced, first, multiplier
@@ -314,6 +314,25 @@ def test_a_sum_in_the_base_models_units_has_its_mean_and_spread(begin):
     write_json(run.config.run_dir / "eval" / "base.json", {"scores": base | {"b": [0.5, 0.5, None, 0.5]}})
     with pytest.raises(UserError, match="scores of reward 'b' do not differ"):
         targets(run, plan, scores, {})
+
+
+def test_the_unit_of_a_metric_does_not_decide_and_rounding_is_no_difference(tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    base = {name: torch.randn(64, generator=generator) for name in "ab"}
+    scores = {name: torch.randn(8, 1, generator=generator) for name in "ab"}
+
+    def total(factor, noise=1.0):
+        stored = {"a": factor * base["a"], "b": 0.5 + noise * base["b"]}
+        now = {"a": factor * scores["a"], "b": 0.5 + noise * scores["b"]}
+        write_json(tmp_path / "eval" / "base.json", {"scores": {n: v.tolist() for n, v in stored.items()}})
+        units = base_units(tmp_path, ["a", "b"])
+        found = standardised(Scores(now, {n: ~v.isnan() for n, v in now.items()}), units).values
+        return 0.6 * found["a"] + found["b"]
+
+    torch.testing.assert_close(total(1000.0), total(1.0), atol=1e-5, rtol=1e-5)
+    # differences of one float32 step, 6e-8 at .5, are a hundredth of the floor and not of their own std
+    alone = 0.6 * (scores["a"] - base["a"].mean()) / base["a"].std(correction=0)
+    assert (total(1.0, noise=1e-7) - alone).abs().max() < 1
 
 
 def test_a_whole_run_standardises_by_its_own_base_evaluation(tmp_path, write_config, train_here):

@@ -231,6 +231,7 @@ def test_a_malformed_preset_entry_is_one_line(tmp_path, text):
 
 METHODS = sorted(p.stem for p in (CONFIG_DIR / "methods").glob("*.yaml"))
 MODELS = sorted(p.stem for p in (CONFIG_DIR / "models").glob("*.yaml"))
+CONTROL = ("controlnet", "controlnet_pp", "ctrl_u")
 RUNS = [p for p in sorted(CONFIG_DIR.rglob("*.yaml")) if p.parent.name not in ("methods", "models")]
 
 
@@ -245,10 +246,15 @@ def test_every_shipped_run_is_valid_and_survives_its_own_yaml(path, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_method_goes_with_every_model(model, method, tmp_path):
-    path = write(tmp_path, f"preset: [{model}, {method}]\nrewards: {{verifier: {{type: verifier}}}}\n")
-    config = load_config(path)
+    """A method that trains a ControlNet has a reward of its own, and others are only measured."""
+    own = (
+        "{verifier: {type: verifier, weight: 0}}\nconsistency: {network: edges}"
+        if method in CONTROL
+        else "{verifier: {type: verifier}}"
+    )
+    config = load_config(write(tmp_path, f"preset: [{model}, {method}]\nrewards: {own}\n"))
     assert config.preset == [model, method]
-    assert config.rewards == {"verifier": RewardConfig(type="verifier")}
+    assert config.rewards == {"verifier": RewardConfig(type="verifier", weight=0.0 if method in CONTROL else 1.0)}
     assert load_config(write(tmp_path, to_yaml(config), "config.yaml")) == config
 
 

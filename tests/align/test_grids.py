@@ -173,3 +173,17 @@ def test_scores_are_short_and_readable():
     assert [format_score(v) for v in values] == [
         "0.662", "24.71", "-118.3", "1.23e+05", "0.00012", "0.000", "n/a", "n/a", "n/a",
     ]  # fmt: skip
+
+
+def test_a_column_that_nobody_judged_has_no_scores():
+    """What an image was made from stands beside it without numbers; a judged column that lacks one says n/a."""
+    columns = {"condition": [solid(RED)], "base": [solid(BLUE)]}
+    page = comparison_grid(columns, ["p"], {"base": {"layout": [0.5]}})
+    left, _, right, bottom = box_of(page, RED)
+    below = np.asarray(page)[bottom:, left:right]
+    assert (below == 255).all()
+    left, _, right, bottom = box_of(page, BLUE)
+    assert not (np.asarray(page)[bottom:, left:right] == 255).all()
+    missing = comparison_grid(columns, ["p"], {"base": {"layout": [0.5]}, "condition": {"layout": [None]}})
+    left, _, right, bottom = box_of(missing, RED)
+    assert not (np.asarray(missing)[bottom:, left:right] == 255).all()

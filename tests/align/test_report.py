@@ -23,7 +23,7 @@ from PIL import Image
 from align.charts import Series, balance_chart, histogram, line_chart, stacked_chart, tick_labels, ticks
 from align.errors import UserError
 from align.report import delta_text, duration, paired_change, write_report
-from align.report_curves import CREDIT, FURTHER, KNOWN, credit_panels
+from align.report_curves import CREDIT, DIVERSITY, FURTHER, KNOWN, credit_panels
 from align.runfolder import metric_rows, read_run
 
 FAKE = runpy.run_path(str(Path(__file__).parents[1] / "fake_run.py"))
@@ -415,4 +415,4 @@ def test_words_for_numbers():
 
 def test_every_metric_with_a_title_is_documented():
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert [key for key in (*KNOWN, *FURTHER, *CREDIT) if f"`{key}" not in page] == []
+    assert [key for key in (*KNOWN, *FURTHER, *CREDIT, *DIVERSITY) if f"`{key}" not in page] == []

@@ -25,9 +25,15 @@ LAUNCHERS = {
     "accelerate": [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }
+COMPARED = ("reward/", "eval/", "train/", "values/", "sample/", "credit/", "select/", "weight/", "ensemble/")
 # The clip is a threshold: a ratio beside it could fall on either side of it by rounding, so it is set far away.
 CHANGES: dict[str, dict[str, Any]] = {
-    "flow_grpo": {"objective": {"clip_range": 0.5}, "optim": {"lr": 3e-4}, "train": {"iterations": 3}},
+    "flow_grpo": {
+        "objective": {"clip_range": 0.5},
+        "optim": {"lr": 3e-4},
+        "train": {"iterations": 3},
+        "eval": {"diversity": {"prompts": 2, "images": 2, "embedder": {"type": "proxy"}}},
+    },
     # two rewards with advantages of their own, one of them behind a gate that some images do not pass
     "nft": {
         "rewards": {
@@ -82,6 +88,29 @@ CHANGES: dict[str, dict[str, Any]] = {
         "optim": {"lr": 3e-4},
         "train": {"iterations": 3, "inner_epochs": 2, "updates_per_iteration": 2},
     },
+    # units from three base images, of which one process has two; weights from a committee and from ranks
+    "dance_grpo": {
+        "rewards": {
+            "committee": {
+                "type": "ensemble",
+                "args": {"members": {
+                    "bright": {"type": "brightness"},
+                    "near": {"type": f"{Path(__file__).with_name('near_reward.py')}:score", "args": {"target": 0.4}},
+                }},
+            },
+            "watched": {
+                "type": f"{Path(__file__).with_name('near_reward.py')}:score", "weight": 0.0, "args": {"target": 0.527},
+            },
+        },
+        "uncertainty": {
+            "mode": "weight", "sources": ["native", "rank_disagreement"], "auxiliaries": ["watched"],
+        },
+        "eval": {"prompts": 3},
+        "objective": {"clip_range": 0.5},
+        "advantage": {"std_floor": 0.5},
+        "optim": {"lr": 3e-4},
+        "train": {"iterations": 3},
+    },
 }  # fmt: skip
 
 
@@ -106,9 +135,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         assert a["nfe"] == b["nfe"]
-        names = [
-            k for k in a if k.startswith(("reward/", "eval/", "train/", "values/", "sample/", "credit/", "select/"))
-        ]
+        names = [k for k in a if k.startswith(COMPARED)]
         assert {k: a[k] for k in names} == pytest.approx({k: b[k] for k in names}, rel=1e-5, abs=1e-5)
 
 
@@ -160,19 +187,20 @@ def test_two_processes(alone, launcher):
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_two_processes_with_histories_selections_and_pairs(configure, train_here):
-    """DDPO, B2-DiffuRL and PRDP, one after the other in one launch."""
-    configs = [configure(method) for method in ("ddpo", "b2_diffurl", "prdp")]
+    """DDPO, B2-DiffuRL, PRDP and a committee with weights, one after the other in one launch."""
+    configs = [configure(method) for method in ("ddpo", "b2_diffurl", "prdp", "dance_grpo")]
     for config in configs:
         train_here(config, "name=alone")
     launch("torchrun", SEVERAL, *map(str, configs))
     for config in configs:
         assert json.loads((config.with_name("both") / "environment.json").read_text())["processes"] == 2
         assert_equal_runs(config.with_name("alone"), config.with_name("both"))
-    ddpo, b2, prdp = (metric_rows(config.with_name("alone") / "metrics.jsonl")[0] for config in configs)
+    ddpo, b2, prdp, trust = (metric_rows(config.with_name("alone") / "metrics.jsonl")[0] for config in configs)
     assert [row["train/history_fraction"] for row in ddpo if row["kind"] == "train"] == [0, 1, 1]
     kept = [row["select/kept_fraction"] for row in b2 if row["kind"] == "train"]
     assert all(3 / 16 <= fraction <= 6 / 16 for fraction in kept)
     assert all(row["train/pair_target"] > 0 for row in prdp if row["kind"] == "train")
+    assert all(row["weight/ess"] < 8 for row in trust if row["kind"] == "train")
 
 
 def test_these_selections_leave_an_update_empty_on_one_process_only(configure):

@@ -103,6 +103,12 @@ def test_a_chaotic_service_and_none_at_all_train_the_same(configure, train_here,
     assert {row.get("reward/invalid_fraction") for row in outcome(far)[0] if row["kind"] == "train"} == {"0.0"}
 
 
+def test_a_service_that_judges_while_others_are_sampled_trains_the_same(configure, train_here, healthy, url):
+    far = configure("far", "remote", url=url, batch=1)
+    train_here(far, "train.async_scoring=true")
+    assert outcome(far) == healthy
+
+
 def test_what_retries_do_not_mend_is_masked_and_counted(configure, train_here, url):
     near = configure("near", f"{REWARD}:brightness", missing_every=9)
     train_here(near)
@@ -149,7 +155,8 @@ def test_a_dead_service_stops_the_run_which_continues_when_it_is_back(configure,
 
 
 @pytest.mark.slow
-def test_a_refusal_of_one_process_ends_both(configure, url):
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["afterwards", "meanwhile"])
+def test_a_refusal_of_one_process_ends_both(configure, url, meanwhile):
     command = [
         sys.executable,
         "-m",
@@ -163,7 +170,7 @@ def test_a_refusal_of_one_process_ends_both(configure, url):
     with proxy(url, lambda number, body: "422" if number == 12 else None) as front:
         config = configure("far", "remote", **remote(front))
         done = subprocess.run(
-            [*command, str(config)],
+            [*command, str(config), f"train.async_scoring={str(meanwhile).lower()}"],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
             capture_output=True,

@@ -46,6 +46,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "finished": write_report(FAKE["write_fake_run"](folder / "finished")),
         "unfinished": write_report(FAKE["write_fake_run"](folder / "unfinished", finished=False)),
+        "hacked": write_report(FAKE["hack"](FAKE["write_fake_run"](folder / "hacked"))),
     }
 
 
@@ -58,7 +59,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("size", SIZES, ids=["phone", "desktop"])
-@pytest.mark.parametrize("state", ["finished", "unfinished"])
+@pytest.mark.parametrize("state", ["finished", "unfinished", "hacked"])
 def test_report_in_a_browser(browser: Any, reports: dict[str, Path], state: str, size: tuple[int, int]):
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})
     complaints: list[str] = []
@@ -70,7 +71,7 @@ def test_report_in_a_browser(browser: Any, reports: dict[str, Path], state: str,
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
 
     widths = page.evaluate("Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth)))")
-    assert len(widths) == (2 if state == "finished" else 1)
+    assert len(widths) == {"finished": 2, "unfinished": 1, "hacked": 3}[state]
     assert min(widths) > 0
 
     charts = page.evaluate(
@@ -89,6 +90,8 @@ def test_report_in_a_browser(browser: Any, reports: dict[str, Path], state: str,
     labels = {chart["label"] for chart in charts}
     assert {"verifier on held-out prompts against network evaluations", "Seconds by stage"} <= labels
 
+    first = page.evaluate("document.querySelector('#hacking').getBoundingClientRect().top")
+    assert first < 1.2 * size[1]  # seen without looking for it
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow <= 0
     smallest = page.evaluate(

@@ -167,6 +167,20 @@ def test_histories_curricula_and_pairs_continue_exactly(write_config, train_here
     assert preset != "ddpo" or {len(rows) for rows in after.values()} == {6}
 
 
+def test_judging_while_sampling_goes_on_continues_exactly_also_without_it(configure, train_here, tmp_path, monkeypatch):
+    """Signalled in the thread that judges; the reward draws from global generators, and the rest is judged afterwards."""
+    config = configure("flow_grpo", every=100)
+    cut = "train.rollout_batch=4"  # two reward calls an iteration, so the second half is sampled beside the first
+    monkeypatch.setenv("MOMENT", "SIGTERM 6 0")  # base evaluation, two iterations, and within the third
+    assert train_here(config, "name=disturbed", cut, "train.async_scoring=true") is None
+    monkeypatch.delenv("MOMENT")
+    (stopped,) = checkpoints(tmp_path / "disturbed")
+    assert stopped.name == "iteration-000002"
+    train_here(config, "name=disturbed", cut)
+    train_here(config, "name=undisturbed", cut, "train.async_scoring=true")
+    assert_same_end(tmp_path / "disturbed", tmp_path / "undisturbed")
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_killed_at_random_moments_in_a_row(configure, train_here, tmp_path):

@@ -41,7 +41,7 @@ def finished(tmp_path_factory, write_config, sd35) -> Path:
         "sampler": {"guidance_scale": 2.0},
         "eval_rewards": {"jpeg": {"type": "jpeg"}},
         "train": {"iterations": 4},
-        "eval": {"every": 2},
+        "eval": {"every": 2, "diversity": {"prompts": 2, "images": 2, "embedder": {"type": "proxy"}}},
         "trackers": ["tensorboard"],
     }
     config = write_config(folder, "flow_grpo", changes)
@@ -92,6 +92,16 @@ class TestCommand:
         evals = [r for r in rows if r["kind"] == "eval"]
         assert [r["iteration"] for r in evals] == [0, 2, 4]
         assert all(isinstance(r[f"eval/{name}"], float) for r in evals for name in ("brightness", "jpeg"))
+
+    def test_every_evaluation_keeps_scores_and_pictures(self, finished):
+        rows = {r["iteration"]: r for r in metric_rows(finished / "metrics.jsonl")[0] if r["kind"] == "eval"}
+        for iteration in (2, 4):
+            kept = json.loads((finished / "eval" / f"iteration-{iteration:06d}.json").read_text())["scores"]
+            assert sum(kept["brightness"]) / len(kept["brightness"]) == pytest.approx(rows[iteration]["eval/brightness"])
+            assert list((finished / "samples" / f"iteration-{iteration:06d}").glob("*.webp"))
+            assert all(isinstance(rows[iteration][f"hacking/{role}"], float) for role in ("optimised", "held_out"))
+        assert all(1 <= row["diversity/vendi"] <= 2 for row in rows.values())
+        assert "Optimised and held-out rewards" in (finished / "report.html").read_text()
 
     def test_network_evaluations(self, finished):
         # 8 images x 3 steps sampled; 8 x 2 pairs, each a forward, a reference forward and a backward worth two

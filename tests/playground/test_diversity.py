@@ -12,7 +12,6 @@ import torch
 from align.playground.diversity import (
     FAR,
     MOST_OBJECTS,
-    embedding_diversity,
     layout_distances,
     layout_diversity,
     read_layouts,
@@ -57,30 +56,6 @@ def brute_force(a: Reading, b: Reading) -> float:
         sum(cost(p, q) for p, q in zip(few, chosen, strict=True)) for chosen in itertools.permutations(many, len(few))
     )
     return (best + len(many) - len(few)) / len(many)
-
-
-def test_equal_images_have_no_embedding_diversity_and_orthogonal_ones_have_one():
-    e = torch.eye(4)
-    vectors = torch.stack([3 * e[0], e[0], e[1], e[2], -e[3], e[3], 0.1 * e[3]])
-    ids = torch.tensor([7, 7, 2, 2, 5, 5, 5])
-    # Ascending ids: 2 orthogonal; 5 the pairs -1, -1, +1, so distances 2, 2, 0; 7 parallel, whatever the lengths.
-    assert embedding_diversity(vectors, ids).tolist() == pytest.approx([1.0, 4 / 3, 0.0])
-
-
-def test_embedding_diversity_of_unit_vectors_follows_from_the_length_of_their_mean():
-    vectors = torch.nn.functional.normalize(torch.randn(6, 16), dim=-1)
-    n = len(vectors)
-    # |sum|^2 = n + sum over ordered pairs of the cosine.
-    expected = 1 - (float(vectors.double().sum(0).square().sum()) - n) / (n * (n - 1))
-    assert embedding_diversity(vectors, torch.zeros(n, dtype=torch.long)).item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_groups_may_be_interleaved_and_a_single_image_has_no_value():
-    vectors, ids = torch.randn(9, 8), torch.tensor([0, 1, 0, 1, 0, 4, 1, 0, 0])
-    together = embedding_diversity(vectors, ids)
-    alone = [embedding_diversity(vectors[ids == i], ids[ids == i]).item() for i in (0, 1)]
-    assert together[:2].tolist() == pytest.approx(alone)
-    assert torch.isnan(together[2])
 
 
 def test_layouts_that_differ_in_one_thing_have_the_stated_distance():
@@ -141,4 +116,4 @@ def test_layout_diversity_of_pictures():
 
 def test_a_wrong_number_of_group_ids_is_an_error():
     with pytest.raises(ValueError, match="one group id for each of 3 images"):
-        embedding_diversity(torch.randn(3, 4), torch.zeros(2, dtype=torch.long))
+        layout_diversity([reading()] * 3, torch.zeros(2, dtype=torch.long))

@@ -58,6 +58,23 @@ def test_chunks_return_every_field_in_the_order_of_the_batch(make_batch, max_bat
     assert max(len(call) for call in reward.calls) == min(max_batch, 11)
 
 
+def test_one_silent_chunk_does_not_silence_the_doubts_of_the_others(make_batch):
+    class Sometimes(Reward):
+        """Does not say how sure it is where a service gave no answer."""
+
+        max_batch = 2
+
+        def score(self, batch: RewardBatch) -> RewardOutput:
+            if "lost" in batch.prompts:
+                return RewardOutput(torch.full((len(batch),), torch.nan))
+            return RewardOutput(torch.ones(len(batch)), uncertainty=torch.full((len(batch),), 0.5))
+
+    output = checked_score(Sometimes(), make_batch(5, prompts=["a", "b", "lost", "lost", "c"]))
+    assert output.uncertainty is not None
+    torch.testing.assert_close(output.uncertainty, torch.tensor([0.5, 0.5, torch.nan, torch.nan, 0.5]), equal_nan=True)
+    assert checked_score(Sometimes(), make_batch(3, prompts=["lost"] * 3)).uncertainty is None
+
+
 def test_a_groupwise_reward_always_sees_whole_groups(make_batch):
     groups = torch.tensor([7, 2, 7, 2, 5, 7, 5, 9])
     reward = Table(torch.arange(8.0), max_batch=4)
@@ -100,6 +117,7 @@ def test_missing_scores_are_counted_and_a_batch_without_any_is_legal(make_batch)
         (RewardOutput(torch.tensor([0.0, torch.inf, 0.0, 0.0])), r"returned inf for image 1"),
         (RewardOutput(torch.zeros(4), {"part": torch.zeros(2)}), r"component 'part' of shape \(2,\)"),
         (RewardOutput(torch.zeros(4), uncertainty=torch.tensor([0.0, -1.0, 0.0, 0.0])), r"negative uncertainty"),
+        (RewardOutput(torch.zeros(4), uncertainty=torch.tensor([0.0, torch.inf, 0.0, 0.0])), r"infinite uncertainty"),
         (RewardOutput([0.0] * 4), r"scores of type list, expected a tensor"),
         (torch.zeros(4), r"returned Tensor, expected a RewardOutput"),
         (KeyError("target"), r"failed: KeyError: 'target'"),

@@ -177,6 +177,8 @@ def test_each_image_and_prompt_reach_the_server_and_the_share_of_yes_comes_back(
     output = checked_score(judge(server), batch)
     assert torch.allclose(output.scores, means(batch), atol=1e-5)
     assert torch.allclose(output.components["p_yes"], output.scores)
+    assert output.uncertainty is not None
+    assert torch.allclose(output.uncertainty, 4 * output.scores * (1 - output.scores))
     assert output.info["answer"] == ["Yes"] * 4
     body = next(b for b in server.bodies if "prompt 2" in b["messages"][0]["content"][1]["text"])
     sent = torch.from_numpy(pixels_of(body["messages"][0]["content"][0]).copy()).permute(2, 0, 1)

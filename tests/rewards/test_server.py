@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import FunctionReward, Reward, RewardBatch, RewardError, RewardOutput, to_uint8
+from rewards import FunctionReward, Reward, RewardBatch, RewardConfig, RewardError, RewardOutput, build_reward, to_uint8
 from rewards.debug import BrightnessReward
 from rewards.server import create_app, is_loopback, listen
 from rewards.wire import Limits, WireError, decode_request, encode_request
@@ -179,6 +179,12 @@ def test_a_groupwise_reward_is_not_served():
     reward.kind = "groupwise"
     with pytest.raises(RewardError, match="only pointwise"):
         create_app(reward)
+
+
+def test_a_reward_that_waits_for_a_run_is_not_served():
+    args = {"members": {"a": {"type": "brightness"}}}
+    with pytest.raises(RewardError, match=r"waits for a run's base evaluation.*args\.reference"):
+        create_app(build_reward("committee", RewardConfig(type="ensemble", args=args)))
 
 
 @pytest.mark.parametrize(

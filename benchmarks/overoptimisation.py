@@ -1,0 +1,341 @@
+"""Over-optimisation on the playground: a learned proxy is trained far beyond its use while the exact verifier (gold) watches.
+
+    python benchmarks/overoptimisation.py members               # first: how far members and their disagreement can be trusted
+    python benchmarks/overoptimisation.py run --seeds 0 1 2     # skips finished runs; start it twice
+    python benchmarks/overoptimisation.py add --methods uwo --seeds 0 --scratch DIR   # take over the finished run DIR/uwo-0
+    python benchmarks/overoptimisation.py show                  # figure and tables from the result file
+
+One proxy, a committee of five (mean, lowest member, mean less variance) and the mean with uncertainty-weighted advantages,
+each with and without a pull to the base model. Every run is the real command (`python -m align.train`) on one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import curves
+import torch
+from accelerate import Accelerator
+from curves import ROOT, Rows, place, spread
+from torch import Tensor
+
+from align.evaluate import evaluate
+from align.inference import load_target, ready_reward
+from align.prompts import load_prompts
+from align.runfolder import metric_rows
+from rewards.registry import RewardConfig
+from rewards.uncertainty import aggregate
+from rewards.uncertainty import spread as member_spread
+
+RESULTS = ROOT / "benchmarks" / "results" / "overoptimisation.json"
+PAGE = ROOT / "docs" / "methods" / "uncertainty.md"
+FIGURE = ROOT / "docs" / "assets" / "overoptimisation.png"
+MEMBERS = (1, 2, 3, 4, 5)
+COEFFICIENT = 0.5
+"""Of the variance in uwo, with members in the base model's units."""
+WCO, UWO = (
+    ["rewards.committee.args.objective=wco"],
+    ["rewards.committee.args.objective=uwo", f"rewards.committee.args.coefficient={COEFFICIENT}"],
+)
+POLICY, COMMITTEE = "configs/playground/one_proxy.yaml", "configs/playground/ensemble.yaml"
+GRADIENT = "configs/playground/drtune.yaml"
+TOGETHER = ["preset=[drtune,playground/backprop,playground/committee]"]
+SCALED = "rewards.proxy.weight=6"
+"""Brings one proxy to about the committee's unit, the std of the base (.16 to .19), which the pull is weighed against."""
+LENGTH = ["train.iterations=60", "eval.every=6"]
+# name -> configuration and overrides; by policy gradient, and by the gradient of the reward (drtune)
+ARMS: dict[str, tuple[str, list[str]]] = {
+    "single": (POLICY, []),
+    "mean": (COMMITTEE, ["uncertainty.mode=off"]),
+    "wco": (COMMITTEE, ["uncertainty.mode=off", *WCO]),
+    "uwo": (COMMITTEE, ["uncertainty.mode=off", *UWO]),
+    "weight": (COMMITTEE, []),
+    "gradient_single": (GRADIENT, [*LENGTH, SCALED]),
+    "gradient_mean": (GRADIENT, [*TOGETHER, *LENGTH]),
+    "gradient_wco": (GRADIENT, [*TOGETHER, *LENGTH, *WCO]),
+    "gradient_uwo": (GRADIENT, [*TOGETHER, *LENGTH, *UWO]),
+    "gradient_weight": (GRADIENT, [*TOGETHER, *LENGTH, "uncertainty.mode=weight"]),
+}
+PULL = {"gradient": ("backprop.velocity_penalty", "1e-9", "0.01"), "": ("objective.ref_coef", "1e-9", "0.03")}
+"""Family -> what pulls to the base, at a strength that only measures the distance, and at one that is felt."""
+
+
+def _arms(strength: int) -> dict[str, tuple[str, list[str]]]:
+    suffix = "_kl" if strength == 2 else ""
+    found = {}
+    for name, (config, overrides) in ARMS.items():
+        pull = PULL["gradient" if name.startswith("gradient") else ""]
+        found[name + suffix] = (config, [*overrides, f"{pull[0]}={pull[strength]}"])
+    return found
+
+
+METHODS = _arms(1) | _arms(2)
+COLOURS = {"single": "#57606a", "mean": "#1f6feb", "wco": "#d1611f", "uwo": "#1a7f37", "weight": "#8250df"}
+GROUPS, SIZE = 64, 12
+BASE, HACKED = "base", "one proxy, trained too long"
+"""Whose images the members are examined on."""
+STATISTICS = (
+    "uncertainty/mean",
+    "uncertainty/corr_reward",
+    "weight/ess",
+    "ensemble/std_mean",
+    "time/sample",
+    "time/score",
+    "time/train",
+)
+
+
+def empty() -> dict[str, Any]:
+    """A result file without a run."""
+    return curves.empty_result("overoptimisation.py", METHODS)
+
+
+def load() -> dict[str, Any]:
+    """The result file, or an empty one."""
+    return curves.load(RESULTS, empty)
+
+
+def trained_reward(method: str) -> str:
+    """The name of what a method trains."""
+    return "proxy" if "single" in method else "committee"
+
+
+def run(methods: list[str], seeds: list[int], scratch: Path) -> None:
+    """Every (seed, method) that the result file lacks and no other process works on, one after the other."""
+    for seed in seeds:
+        # one proxy is another member for each seed, so that no lucky one stands for all
+        single = [f"rewards.proxy.args.seed={MEMBERS[seed % len(MEMBERS)]}"]
+        arms = {m: (METHODS[m][0], METHODS[m][1] + single * ("single" in m)) for m in methods}
+        curves.run_missing(arms, [seed], scratch, load, add)
+
+
+def add(method: str, seed: int, folder: Path) -> None:
+    """Append one finished run: gold and what was trained, with the distance from the base at each evaluation."""
+    name = trained_reward(method)
+    gold, trained = curves.run_rows(method, seed, folder), curves.run_rows(method, seed, folder, name)
+    base = [x for x in json.loads((folder / "eval" / "base.json").read_text())["scores"][name] if x is not None]
+    for row in trained:
+        row["metric"], row["unit"] = "trained", statistics.pstdev(base)
+    steps = [r for r in metric_rows(folder / "metrics.jsonl")[0] if r["kind"] == "train"]
+    distance = {r["iteration"] + 1: r["train/ref_mse"] for r in steps if r.get("train/ref_mse") is not None}
+    rows = [*gold, *trained]
+    for row in rows:
+        if row["kind"] == "curve":
+            row["distance"] = distance.get(row["iteration"], 0.0)
+    curves.append(RESULTS, rows + curves.statistic_rows(method, seed, folder, STATISTICS), empty)
+
+
+def members(methods: list[str], seeds: list[int], scratch: Path) -> None:
+    """Append what the members are worth, on images of the base and, once there is one, of a policy that hacked one."""
+    units: dict[str, tuple[Tensor, Tensor]] = {}
+    rows: Rows = []
+    for split, folder in ((BASE, None), (HACKED, scratch / "gradient_single-0")):
+        if folder is not None and not (folder / "adapter").is_dir():
+            continue
+        scores = _scores(folder)
+        if not units:
+            units = {name: (x.mean(), x.std(correction=0)) for name, x in scores.items()}
+        gold = scores.pop("gold").view(-1, SIZE)
+        standard = torch.stack([((x - units[n][0]) / units[n][1]).view(-1, SIZE) for n, x in scores.items()])
+        judges = dict(zip(scores, standard, strict=True))
+        flat = standard.flatten(1)
+        for rule in ("mean", "wco", "uwo"):
+            judges[rule] = aggregate(flat, rule, COEFFICIENT, "population").view(-1, SIZE)
+        for name, values in judges.items():
+            rows.append(_row(name, split, "concordance", concordance(values, gold)))
+        worth = (gold - units["gold"][0]) / units["gold"][1]
+        error = _centred(judges["mean"]) - _centred(worth)
+        doubt = member_spread(flat).view(-1, SIZE)
+        pairs = [correlation(a, b) for i, a in enumerate(standard) for b in standard[i + 1 :]]
+        rows += [
+            _row("mean", split, "doubt and size of the error", correlation(_ranks(doubt), _ranks(error.abs()))),
+            _row("mean", split, "doubt and error", correlation(_ranks(doubt), _ranks(error))),
+            _row("mean", split, "doubt and score", correlation(_ranks(doubt), _ranks(judges["mean"]))),
+            _row("mean", split, "between members", torch.stack(pairs).nanmean(dim=0)),
+            _row("mean", split, "doubt", doubt.mean(dim=1)),
+            _row("mean", split, "gold", gold.mean(dim=1)),
+        ]
+    curves.append(RESULTS, rows, empty)
+
+
+def _scores(folder: Path | None) -> dict[str, Tensor]:
+    """Scores (GROUPS x SIZE,) of every member and of gold, images of a prompt in a row, of the base or of a run's adapter."""
+    setup = load_target("playground" if folder is None else str(folder), num_steps=10, guidance_scale=1.0, seed=5)
+    prompts = [p for p in load_prompts("playground:seen_test")[:GROUPS] for _ in range(SIZE)]
+    rewards = {
+        **{f"member {m}": RewardConfig(type="proxy", args={"seed": m}) for m in MEMBERS},
+        "gold": RewardConfig(type="verifier"),
+    }
+    ready = {name: ready_reward(name, settings, setup.model.device) for name, settings in rewards.items()}
+    found = evaluate(
+        setup.model, ready, prompts, Accelerator(), num_steps=10, guidance_scale=1.0, seed=5, batch_size=96
+    )
+    return {name: found.scores.values[name].double() for name in rewards}
+
+
+def concordance(values: Tensor, gold: Tensor) -> Tensor:
+    """(g,) share of a group's pairs of unequal gold that `values` (g, n) order alike; NaN for a group without such a pair."""
+    above = gold[:, :, None] > gold[:, None, :] + 1e-9
+    right = values[:, :, None] > values[:, None, :]
+    return (above & right).sum(dim=(1, 2)) / above.sum(dim=(1, 2))
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """(g,) Pearson correlation within groups of (g, n); NaN where one does not vary."""
+    a, b = _centred(a), _centred(b)
+    return (a * b).sum(dim=1) / (a.square().sum(dim=1) * b.square().sum(dim=1)).sqrt()
+
+
+def _centred(values: Tensor) -> Tensor:
+    return values - values.mean(dim=1, keepdim=True)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.argsort(dim=1).argsort(dim=1).double()
+
+
+def _row(method: str, split: str, metric: str, values: Tensor) -> dict[str, Any]:
+    """Mean over groups of `values` (g,) with its 95 % interval."""
+    known = values[~values.isnan()]
+    row = {"method": method, "kind": "member", "split": split, "metric": metric, "n": len(known)}
+    return row | {"mean": float(known.mean()), "ci95": float(1.96 * known.std() / len(known) ** 0.5)}
+
+
+def show() -> None:
+    """Figure in docs/assets, tables in the page."""
+    rows = load()["rows"]
+    present = [m for m in METHODS if any(r["kind"] == "final" and r["method"] == m for r in rows)]
+    parts = [worth(rows)] if any(r["kind"] == "member" for r in rows) else []
+    if present:
+        draw(rows, present)
+        parts += [
+            f"![gold and trained reward against iterations and distance](../assets/{FIGURE.name})",
+            table(rows, present),
+            f"From `benchmarks/results/{RESULTS.name}`.",
+        ]
+    place(PAGE, "\n\n".join(parts))
+
+
+def curve(rows: Rows, method: str, metric: str) -> list[Rows]:
+    """The curve of each seed, by iteration; `mean` is the change since the base, of what is trained in its std there."""
+    mine = [r for r in rows if r["kind"] == "curve" and r["method"] == method and r["metric"] == metric]
+    found = []
+    for seed in sorted({r["seed"] for r in mine}):
+        points = sorted((r for r in mine if r["seed"] == seed), key=lambda r: r["iteration"])
+        first = points[0]["mean"]
+        found.append([p | {"mean": (p["mean"] - first) / p.get("unit", 1.0)} for p in points])
+    return found
+
+
+def draw(rows: Rows, present: list[str]) -> None:
+    """Gold above and what is trained below; against iterations, and against the distance from the base."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.6), sharex="col", sharey="row", layout="constrained")
+    panels = (("iteration", ""), ("iteration", "_kl"), ("distance", ""))
+    for row, (metric, label) in enumerate((("verifier", "gold: change"), ("trained", "trained: change, std of base"))):
+        for axis, (key, suffix) in zip(axes[row], panels, strict=True):
+            for name, colour in COLOURS.items():
+                for method, style in ((name + suffix, "-"), (name + "_kl", ":")):
+                    if method not in present or (key == "iteration" and style == ":"):
+                        continue
+                    points = list(zip(*curve(rows, method, metric), strict=False))
+                    xs, ys = ([statistics.mean(p[k] for p in point) for point in points] for k in (key, "mean"))
+                    shown = method if (row, key) == (0, "iteration") and not suffix else None
+                    axis.plot(xs, ys, style, color=colour, lw=2, label=shown)
+            axis.axhline(0, color="#8c959f", lw=0.8)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            if key == "distance":
+                axis.set_xscale("symlog", linthresh=1e-3)
+        axes[row, 0].set_ylabel(label)
+    titles = ("without a pull to the base", "with it", "both (dotted: with it)")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    for axis, text in zip(
+        axes[1], ("iterations", "iterations", "distance from the base, mean (v - v_ref)²"), strict=True
+    ):
+        axis.set_xlabel(text)
+    figure.legend(frameon=False, loc="outside upper center", ncols=len(COLOURS))
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURE, dpi=110)
+    plt.close(figure)
+
+
+def table(rows: Rows, present: list[str]) -> str:
+    """Markdown table, one row a method: means over the seeds with their interval."""
+    lines = [
+        "| method | seeds | highest gold, at iteration | gold at the end | kept of the highest | minus `single` at the end | "
+        "trained at the end | distance | reward passes | seconds of scoring |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ends = {m: {c[-1]["seed"]: c[-1]["mean"] for c in curve(rows, m, "verifier")} for m in present}
+    for method in present:
+        gold = curve(rows, method, "verifier")
+        points = list(zip(*gold, strict=False))
+        means = [statistics.mean(p["mean"] for p in point) for point in points]
+        peak = max(range(len(means)), key=lambda i: means[i])
+        trained = [c[-1]["mean"] for c in curve(rows, method, "trained")]
+        against = "single_kl" if method.endswith("_kl") else "single"
+        paired = [value - ends[against][s] for s, value in ends[method].items() if s in ends.get(against, {})]
+        cost = [
+            r["mean"] for r in rows if r["kind"] == "statistic" and (r["method"], r["metric"]) == (method, "time/score")
+        ]
+        cells = [
+            f"`{method}`",
+            str(len(gold)),
+            f"{means[peak]:+.3f}, {points[peak][0]['iteration']}",
+            spread([c[-1]["mean"] for c in gold]),
+            f"{means[-1] / means[peak]:.0%}" if means[peak] > 0 else "",
+            "" if method == against else spread(paired),
+            spread(trained),
+            f"{statistics.mean(c[-1]['distance'] for c in gold):.3f}",
+            "1" if method.startswith("single") else str(len(MEMBERS)),
+            f"{statistics.median(cost):.1f}" if cost else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = curve(rows, present[0], "verifier")[0][0]
+    lines.append(
+        f"\nChanges against the base on the curve's {first['n']} held-out prompts, same noise; what is trained in standard "
+        "deviations of the base model's scores, so those of different methods are different rewards. Means over seeds, with 95 % "
+        "intervals (Student's t); `minus` pairs runs of equal seed. The highest point of a mean curve is picked after the fact and "
+        "flattered by its noise. Distance: mean (v - v_ref)² at the end. Seconds an iteration spends on decoding and scoring, in "
+        "runs that shared the machine."
+    )
+    return "\n".join(lines)
+
+
+def worth(rows: Rows) -> str:
+    """Markdown tables of what `members` found."""
+    found = {(r["split"], r["method"], r["metric"]): r for r in rows if r["kind"] == "member"}
+    splits = [s for s in (BASE, HACKED) if any(key[0] == s for key in found)]
+    judges = [*[f"member {m}" for m in MEMBERS], "mean", "wco", "uwo"]
+
+    def cell(split: str, method: str, metric: str) -> str:
+        row = found[split, method, metric]
+        return f"{row['mean']:.3f} ± {row['ci95']:.3f}"
+
+    lines = [f"| images of | {' | '.join(judges)} |", f"|---|{'---|' * len(judges)}"]
+    lines += [f"| {split} | {' | '.join(cell(split, j, 'concordance') for j in judges)} |" for split in splits]
+    metrics = ("between members", "doubt and size of the error", "doubt and error", "doubt and score", "doubt", "gold")
+    lines += ["", "| | " + " | ".join(splits) + " |", f"|---|{'---|' * len(splits)}"]
+    lines += [f"| {metric} | {' | '.join(cell(s, 'mean', metric) for s in splits)} |" for metric in metrics]
+    count = found[BASE, "mean", "gold"]["n"]
+    return (
+        f"Share of the pairs of a group with unequal gold that a judge orders as gold does ({count} prompts, {SIZE} images each, 95 %; "
+        "chance is .5):\n\n"
+        + "\n".join(lines[: 2 + len(splits)])
+        + "\n\nInside groups: the correlation of the members' scores; the rank correlation of doubt (std over the members) with the "
+        "error of their mean against gold, its size and its sign (above 0: overrated), and with the mean itself; and the mean doubt "
+        "and gold:\n\n" + "\n".join(lines[3 + len(splits) :])
+    )
+
+
+if __name__ == "__main__":
+    curves.command_line(__doc__, METHODS, ROOT / "outputs" / "overoptimisation", run, add, show, {"members": members})
