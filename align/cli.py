@@ -127,6 +127,7 @@ def grid(
     console = Console()
     with readable_errors(console, debug):
         from align.errors import UserError
+        from align.evaluate import conditions_of
         from align.inference import chosen_prompts, chosen_rewards, compare, load_target
         from align.sweep import read_sweep, sweep_columns
 
@@ -154,7 +155,7 @@ def grid(
             columns = compare(setup, rewards, rows, console, keep=len(rows), adapters=adapters)
             name = "sweep.png" if sweep.given else "grid.png"
             path = out or (Path(target) / "grids" if setup.config else Path("outputs")) / name
-            save_comparison(path, columns, len(rows))
+            save_comparison(path, columns, len(rows), conditions_of(setup.model, rows))
         console.print(f"grid: {path}", highlight=False, soft_wrap=True)
 
 
@@ -183,7 +184,7 @@ def eval_command(
     console = Console()
     with readable_errors(console, debug):
         from align.errors import UserError
-        from align.evaluate import paired_interval
+        from align.evaluate import conditions_of, paired_interval
         from align.inference import chosen_prompts, chosen_rewards, compare, load_target
         from align.sweep import print_sweep, read_sweep, save_sweep, sweep_columns
         from align.tracking import write_json
@@ -204,7 +205,10 @@ def eval_command(
             return
         for label, evaluation in columns.items():
             write_json(folder / f"{label}.json", evaluation.to_json())
-        path = save_comparison(folder / "grid.png", columns, min(8, len(found)))
+        shown_rows = min(8, len(found))
+        path = save_comparison(
+            folder / "grid.png", columns, shown_rows, conditions_of(setup.model, found[:shown_rows])
+        )
         scores = {label: evaluation.scores for label, evaluation in columns.items()}
         means = {label: {k: s.mean(k) for k in rewards} for label, s in scores.items()}
         base, tuned = scores["base"].values, scores["tuned"].values if "tuned" in scores else {}

@@ -86,7 +86,8 @@ class SegmentationNetwork(ConditionNetwork):
     def enable_checkpointing(self) -> None:
         """Where the architecture supports it."""
         if self.model.supports_gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            with quiet():  # it is about to be renamed
+                self.model.gradient_checkpointing_enable()
 
 
 class EdgeFilter(ConditionNetwork):

@@ -99,7 +99,7 @@ class TrainConfig:
     max_invalid_fraction: float = 0.2
     """Share of missing scores above which an iteration is skipped; three skips in a row stop the run."""
     async_scoring: bool = False
-    """Judge what is sampled in a thread, while the rest is being sampled; the scores are the same."""
+    """Judge what is sampled in a thread, while the rest is being sampled; scores are the same up to rounding."""
     scoring_timeout: float = 600.0
     """Seconds without an answer of a reward after which all that is not yet judged counts as missing (`async_scoring`)."""
 

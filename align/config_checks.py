@@ -263,7 +263,9 @@ def _uncertainty_errors(config: Config) -> list[str]:
             reason = f"'{silent[0]}' has weight 0" if silent else "native is no source"
             errors.append(f"uncertainty.per_step: {reason}, so nothing says how sure it is of completions")
         elif not config.sampler.validate() and len(config.sampler.make_plan(0, 0).stochastic) < 2:
-            errors.append("uncertainty.per_step: weighs steps against each other, and only 1 is stochastic; use 2 or more")
+            errors.append(
+                "uncertainty.per_step: weighs steps against each other, and only 1 is stochastic; use 2 or more"
+            )
     if settings.mode == "gate_kl":
         penalty = {"clipped_ratio": "kl_beta", "forward_process": "ref_coef"}.get(kind)
         if penalty is None:
@@ -341,8 +343,10 @@ def _uncertainty_cases(config: Config) -> list[Case]:
     idle = f"uncertainty.mode is {settings.mode}"
     cases = [
         (not weight, f"uncertainty.{key}", idle)
-        for key in ("kappa", "w_min", "eta", "u_max", "renormalise", "weighted_baseline", "positive_only", "per_step", "shuffled")
-    ]
+        for key in (
+            "kappa", "w_min", "eta", "u_max", "renormalise", "weighted_baseline", "positive_only", "per_step", "shuffled",
+        )
+    ]  # fmt: skip
     cases += [
         (settings.mode != "gate_kl", f"uncertainty.{key}", idle) for key in ("gate_fraction", "gate_min", "gate_max")
     ]

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from align.control_data import load_conditions
+from align.errors import UserError
 from align.models.base import Conditioning, ImageModel
 from align.models.controlnet import CONTROL, ControlNetSDModel
 from align.prompts import Prompt
@@ -70,6 +71,11 @@ def sample_images(
     grid = model.grid("scheduler", num_steps).to(model.device)
     noise = noise * model.noise_scale(float(grid[0]))
     cond = model.conditioning(prompts)
+    if conditions is None and isinstance(model, ControlNetSDModel):
+        raise UserError(
+            "a ControlNet follows condition images, which a prompt alone does not have: use align eval or align grid with "
+            "prompts that have some, or its folder with diffusers' StableDiffusionControlNetPipeline"
+        )
     if conditions is not None:
         cond = Conditioning({**cond.tensors, CONTROL: conditions.to(model.device)})
     before, model.guidance_scale = model.guidance_scale, guidance_scale

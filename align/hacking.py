@@ -5,13 +5,15 @@ thresholds are a quarter of it, for the rise as for the fall: a reward near its 
 all the same. The fall is counted from the held-out rewards' own best evaluation, the base's included: a proxy that first
 helps and then hurts is past its best long before the held-out rewards are back below the base. A best among many is
 partly luck, so a fall must also be larger than what chance makes of as many evaluations.
+
+Evaluations are compared prompt by prompt where scores by prompt are known, over the prompts that have both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -44,23 +46,35 @@ class Curve:
     changes: np.ndarray
     """(E,) float64, 0 for the base, NaN where no score is known."""
     by_prompt: np.ndarray | None
-    """(E, n) the same by prompt, NaN where missing; None where an evaluation kept no scores by prompt."""
+    """(K, E, n) each reward's share of it by prompt, NaN where missing; None where an evaluation kept no scores by prompt."""
     errors: np.ndarray
     """(E,) standard error of the level over prompts, NaN where unknown."""
     prompts: int
     """Prompts of an evaluation; 0 where unknown."""
 
     def error(self, first: int, second: int) -> float:
-        """Standard error of changes[second] - changes[first]; NaN where it is not known.
+        """Standard error of the change between two evaluations; NaN where it is not known."""
+        return self.between(first, second)[1]
 
-        From the differences by prompt, which come from the same noise. Without them from the two intervals as if other
-        prompts had been drawn, which is wider.
+    def between(self, first: int, second: int) -> tuple[float, float, int]:
+        """Change from one evaluation to another, its standard error, and the prompts behind it (0 where unknown).
+
+        From the differences by prompt, which come from the same noise; a reward that is silent on some prompts counts by
+        the others. Without them from the two intervals as if other prompts had been drawn, which is wider.
         """
-        if self.by_prompt is not None:
-            delta = self.by_prompt[second] - self.by_prompt[first]
-            delta = delta[np.isfinite(delta)]
-            return float(delta.std(ddof=1) / math.sqrt(len(delta))) if len(delta) > 1 else math.nan
-        return float(math.hypot(self.errors[first], self.errors[second])) if first != second else 0.0
+        if self.by_prompt is None:
+            error = math.hypot(self.errors[first], self.errors[second]) if first != second else 0.0
+            return float(self.changes[second] - self.changes[first]), error, 0
+        delta = self.by_prompt[:, second] - self.by_prompt[:, first]
+        known = np.isfinite(delta)
+        counts = known.sum(1)
+        fewest = int(counts.min())
+        if fewest < 2:
+            return math.nan, math.nan, fewest
+        means = np.where(known, delta, 0).sum(1) / counts
+        # what each prompt adds to the sum of the means: rewards may speak of the same prompts or of different ones
+        pulls = (np.where(known, delta - means[:, None], 0) / counts[:, None]).sum(0)
+        return float(means.sum()), math.sqrt(float((pulls**2).sum()) * fewest / (fewest - 1)), fewest
 
 
 @dataclass(frozen=True)
@@ -93,13 +107,13 @@ def curve(points: Sequence[Point], units: Mapping[str, float], weights: Mapping[
         half = np.array([p.half_widths.get(name, math.nan) for p in points])
         errors += abs(share[name]) * half / (1.96 * units[name])
     counts = {len(p.scores.get(name, ())) for p in points for name in names}
-    by_prompt = None
-    if len(counts) == 1 and min(counts) > 1:
-        by_prompt = np.zeros((len(points), counts.pop()))
-        for name in names:
-            table = np.array([p.scores[name] for p in points], dtype=np.float64)
-            by_prompt += share[name] * (table - table[0]) / units[name]
-    return Curve(tuple(names), changes, by_prompt, errors, 0 if by_prompt is None else by_prompt.shape[1])
+    count = min(counts, default=0)  # a continued run may evaluate on more prompts or fewer: the first are shared
+    if count < 2:
+        return Curve(tuple(names), changes, None, errors, 0)
+    tables = np.array([[p.scores[name][:count] for p in points] for name in names], dtype=np.float64)
+    factors = np.array([share[name] / units[name] for name in names])
+    whole = Curve(tuple(names), changes, factors[:, None, None] * (tables - tables[:, :1]), errors, count)
+    return replace(whole, changes=np.array([whole.between(0, i)[0] for i in range(len(points))]))
 
 
 def parting(optimised: Curve, held_out: Curve) -> Parting | None:
@@ -109,27 +123,32 @@ def parting(optimised: Curve, held_out: Curve) -> Parting | None:
     - the optimised reward is at least RISE above the base, and has not itself fallen by FALL since that best (then the
       run diverges, which is another illness);
     - the held-out rewards are at least FALL below their best;
-    - that fall exceeds what chance makes of the largest among all pairs of evaluations (Bonferroni, one-sided).
-    Only the best of all evaluations counts: an alarm is void once the held-out rewards climb above where they fell from.
+    - that fall exceeds what chance makes of the largest among all pairs of evaluations (Bonferroni, one-sided), with
+      prompts enough to tell (n prompts that all fell the same way do so by chance once in 2^n).
+    Only the best of all evaluations counts, and a fall that lasts: an alarm is void once the held-out rewards climb above
+    where they fell from, or are back within FALL / 2 of it at the last evaluation.
     """
     held, risen = held_out.changes, optimised.changes
     known = [i for i in range(len(held)) if math.isfinite(held[i]) and math.isfinite(risen[i])]
     if len(known) < 2:
         return None
     best = max(known, key=lambda i: held[i])
-    pairs = len(known) * (len(known) - 1) / 2
-    bar = _quantile(1 - FALSE_ALARM / pairs, held_out.prompts - 1)
+    if held[best] - held[known[-1]] < FALL / 2:
+        return None
+    level = FALSE_ALARM / (len(known) * (len(known) - 1) / 2)
     for i in known:
-        fall = held[best] - held[i]
-        if i <= best or fall < FALL or risen[i] < RISE or risen[best] - risen[i] >= FALL:
+        if i <= best or risen[i] < RISE or risen[best] - risen[i] >= FALL:
             continue
-        if fall > bar * held_out.error(best, i):  # False where the error is not known
+        change, error, prompts = held_out.between(best, i)
+        if -change < FALL or (held_out.prompts and 0.5**prompts > level):
+            continue
+        if -change > _quantile(1 - level, prompts - 1) * error:  # False where the error is not known
             return Parting(best, i)
     return None
 
 
 def _quantile(p: float, freedom: int) -> float:
-    """Quantile of Student's t, by its expansion around the normal one (exact to 1 % from 8 degrees on for p < 1 - 1e-4);
+    """Quantile of Student's t, by its expansion around the normal one (exact to 2 % for 0.5^(freedom + 1) <= 1 - p, as here);
     the normal one where the degrees are not known (below 1)."""
     z = NormalDist().inv_cdf(p)
     if freedom < 1:

@@ -63,25 +63,59 @@ class Section:
     prompts: int = 0
     """Prompts behind the bands; 0 where the run kept no scores by prompt."""
     left_out: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    """Rewards of weight 0 that are part of what is trained."""
     picture: dict[str, Any] | None = None
     no_picture: str = ""
     advice: Advice | None = None
 
 
 def roles(config: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """(optimised, held-out) rewards of a configuration as plain data, name -> weight; held-out ones weigh 1 each."""
+    """(optimised, held-out) rewards of a configuration as plain data, name -> weight; held-out ones weigh 1 each.
+
+    A reward of weight 0 that is part of what is trained is neither (`parts_of_trained`).
+    """
+    optimised, watched = _by_weight(config)
+    parts = parts_of_trained(config)
+    return optimised, {name: 1.0 for name in watched if name not in parts}
+
+
+def parts_of_trained(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Rewards that are only watched and yet of one kind with a trained one or a part of it: a member of its ensemble, the
+    plain form of its corrected score. They rise with it, and would hide that others fall."""
+    optimised, watched = _by_weight(config)
+    rewards = _mapping(config.get("rewards"))
+    trained = [kind for name in optimised for kind in _kinds(rewards.get(name))]
+    return tuple(name for name, entry in watched.items() if _kind(entry) in trained)
+
+
+def _by_weight(config: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Weights of the trained rewards, and the entries of the others."""
     entries = {str(k): v for k, v in _mapping(config.get("rewards")).items()}
     weights = {k: number_of(_mapping(v).get("weight", 1.0)) for k, v in entries.items()}
-    optimised = {k: w for k, w in weights.items() if math.isfinite(w) and w != 0}
-    held_out = [k for k, w in weights.items() if w == 0] + [str(k) for k in _mapping(config.get("eval_rewards"))]
-    return optimised, dict.fromkeys(held_out, 1.0)
+    watched = {k: entries[k] for k, w in weights.items() if w == 0}
+    watched |= {str(k): v for k, v in _mapping(config.get("eval_rewards")).items()}
+    return {k: w for k, w in weights.items() if math.isfinite(w) and w != 0}, watched
+
+
+def _kinds(entry: Any) -> list[tuple[Any, Any]]:
+    """A reward's kind and those of all rewards among its arguments."""
+    if isinstance(entry, list):
+        return [kind for value in entry for kind in _kinds(value)]
+    own = [_kind(entry)] if "type" in _mapping(entry) else []
+    return own + [kind for value in _mapping(entry).values() for kind in _kinds(value)]
+
+
+def _kind(entry: Any) -> tuple[Any, Any]:
+    """What makes two rewards the same: type and arguments."""
+    return _mapping(entry).get("type"), _mapping(entry).get("args") or {}
 
 
 def find(run: RunFolder, config: Mapping[str, Any]) -> Finding | None:
     """None where there is nothing to compare: no held-out reward, no evaluation of the base, or no spread in its scores."""
     optimised, held_out = roles(config)
     evaluations, units = points(run), base_std(run)
-    known = {n: u for n, u in units.items() if evaluations and math.isfinite(evaluations[0].means.get(n, math.nan))}
+    known = _known(evaluations, units)
     if not set(optimised) & set(known) or not set(held_out) & set(known):
         return None
     first, second = curve(evaluations, known, optimised), curve(evaluations, known, held_out)
@@ -95,9 +129,16 @@ def metrics_of(run_dir: Path, values: Mapping[str, float]) -> dict[str, float]:
     if not evaluations:
         return {}
     now = Point(0, {n: number_of(values.get(f"eval/{n}")) for n in evaluations[0].means})
-    units = {n: u for n, u in units.items() if math.isfinite(evaluations[0].means.get(n, math.nan))}
+    units = _known(evaluations, units)
     kinds = zip(("hacking/optimised", "hacking/held_out"), roles(parse_config(run.config)), strict=True)
     return {key: float(curve([evaluations[0], now], units, of).changes[1]) for key, of in kinds if set(of) & set(units)}
+
+
+def _known(evaluations: Sequence[Point], units: Mapping[str, float]) -> dict[str, float]:
+    """Units of the rewards that have a level to count from: of one score alone no error is known."""
+    base = evaluations[0] if evaluations else Point(0, {})
+    alone = {n for n, values in base.scores.items() if sum(map(math.isfinite, values)) == 1}
+    return {n: u for n, u in units.items() if n not in alone and math.isfinite(base.means.get(n, math.nan))}
 
 
 def warning_of(run_dir: Path) -> str | None:
@@ -132,6 +173,7 @@ def section(run: RunFolder, config: Mapping[str, Any]) -> Section | None:
         legend=_legend(found),
         prompts=found.held_out.prompts,
         left_out=tuple(n for n in (*optimised, *held_out) if n not in found.units),
+        parts=parts_of_trained(config),
     )
 
 
@@ -173,9 +215,11 @@ def _nothing_to_compare(
 ) -> str:
     if not held_out:
         return (
-            "This run cannot tell whether its reward was hacked: every reward it evaluates is trained. Add one that is only "
-            "watched, for example eval_rewards: {clip: {type: clip}}, or a reward of weight 0."
+            "This run cannot tell whether its reward was hacked: every reward it evaluates is trained, or a part of one that "
+            "is. Add one that is only watched, for example eval_rewards: {clip: {type: clip}}, or a reward of weight 0."
         )
+    if found is not None and len(run.evals) > 1:
+        return "No other evaluation was made with the settings of eval/base.json (steps, guidance, seed)."
     if found is not None:
         return "One evaluation so far, that of the base: nothing has changed yet."
     if not points(run):
@@ -268,13 +312,22 @@ def _advice(run: RunFolder, config: Mapping[str, Any], found: Finding) -> Advice
         text = f"Use the checkpoint of iteration {wanted}, where the held-out rewards are highest."
         return Advice(text, _eval_command(run.path, kept[wanted]))
     text = f"The weights of iteration {wanted}, where the held-out rewards are highest, were not kept."
-    nearest = min((i for i in kept if i < end), key=lambda i: (abs(i - wanted), i), default=None)
     again = _again(run, config, found, end)
-    if nearest is None:
+    levels = {i: _held_out_at(found, i) for i in kept if i < end}
+    if not levels:
         return Advice(text, again=again)
-    return Advice(
-        f"{text} The nearest checkpoint is of iteration {nearest}.", _eval_command(run.path, kept[nearest]), again
-    )
+    instead = max(levels, key=lambda i: levels[i])
+    if levels[instead] <= 0:
+        return Advice(f"{text} Use the base model: at no checkpoint that is there are they above it.", again=again)
+    text += f" Of the checkpoints that are there, use that of iteration {instead}: there they are {_units(levels[instead])}."
+    return Advice(text, _eval_command(run.path, kept[instead]), again)
+
+
+def _held_out_at(found: Finding, iteration: int) -> float:
+    """Level of the held-out rewards at a checkpoint, between evaluations on the line that joins them."""
+    known = np.isfinite(found.held_out.changes)
+    iterations = np.array([p.iteration for p in found.points])
+    return float(np.interp(iteration, iterations[known], found.held_out.changes[known]))
 
 
 def _again(run: RunFolder, config: Mapping[str, Any], found: Finding, end: int) -> str:
@@ -299,7 +352,8 @@ def _eval_command(run_dir: Path, adapter: Path | None) -> str:
 
 def _kept_adapters(run_dir: Path) -> dict[int, Path]:
     """Iteration -> adapter folder of every checkpoint that is there."""
-    folders = (p.parent / "adapter" for p in (run_dir / "checkpoints").glob("iteration-*/state.json"))
+    states = list((run_dir / "checkpoints").glob("iteration-*/state.json"))
+    folders = (p.parent / kind for p in states for kind in ("adapter", "controlnet"))
     named = ((p.parent.name.removeprefix("iteration-"), p) for p in folders if p.is_dir())
     return {int(number): path for number, path in sorted(named) if number.isdigit()}
 

@@ -21,6 +21,7 @@ from align.models.base import ImageModel, ModelConfig, load_model
 from align.prompts import Prompt, load_prompts
 from align.run import deploy_guidance
 from align.schema import nearest
+from align.trainable import check_fixed
 from rewards.base import Reward
 from rewards.registry import RewardConfig, build_reward
 
@@ -69,17 +70,13 @@ def load_target(
     if "/" in target and not run_dir.exists() and run_dir.parent.is_dir():  # otherwise it would pass for a hub id
         near = nearest(run_dir.name, [p.name for p in run_dir.parent.iterdir() if p.is_dir()])
         raise UserError(f"there is no run or model folder {target}{near}")
-    if config is not None and config.model.controlnet is not None:
-        raise UserError(
-            f"{target} trained a ControlNet, which follows condition images: use {run_dir / 'controlnet'} with diffusers' "
-            "StableDiffusionControlNetPipeline; its scores and pictures are in the run's report"
-        )
     if config is not None:
         model_config = replace(config.model, encoders="keep", compile=False)
-        folder = folder or run_dir / "adapter"
+        kind = "adapter" if config.model.controlnet is None else "controlnet"
+        folder = folder or run_dir / kind
         if not adapter and not folder.is_dir():
             saved = checkpoints(run_dir)
-            hint = f"give a checkpoint's: --adapter {saved[-1] / 'adapter'}" if saved else "it has no checkpoint yet"
+            hint = f"give a checkpoint's: --adapter {saved[-1] / kind}" if saved else "it has no checkpoint yet"
             raise UserError(f"{folder} is not there, the run is not finished; {hint}")
         num_steps = num_steps or config.eval.num_steps
         if guidance_scale is None:
@@ -123,7 +120,9 @@ def chosen_rewards(setup: Setup, names: list[str]) -> dict[str, Reward]:
         known = {**setup.config.rewards, **setup.config.eval_rewards}
     moving = [name for name, settings in known.items() if build_reward(name, settings).trainable]
     if named := [name for name in names if name in moving]:
-        raise UserError(f"reward '{named[0]}' was trained along with the policy and cannot compare models: name another")
+        raise UserError(
+            f"reward '{named[0]}' was trained along with the policy and cannot compare models: name another"
+        )
     rewards = {
         name: ready_reward(name, known.get(name, RewardConfig(type=name)), setup.model.device)
         for name in names or [name for name in known if name not in moving]
@@ -134,8 +133,9 @@ def chosen_rewards(setup: Setup, names: list[str]) -> dict[str, Reward]:
 
 
 def ready_reward(name: str, settings: RewardConfig, device: torch.device) -> Reward:
-    """The reward, set up on `device`. Raises: RewardError if it cannot be."""
+    """The reward, set up on `device`. Raises: RewardError if it cannot be, or has learnt nothing outside a run."""
     reward = build_reward(name, settings)
+    check_fixed(name, reward)
     reward.setup(device, torch.float32)
     return reward
 
@@ -169,8 +169,7 @@ def compare(
                 bar.update(task, completed=len(prompts))
                 continue
             if strengths:
-                names = [setup.loaded[folder] for folder in strengths]
-                setup.model.pipe.set_adapters(names, adapter_weights=list(strengths.values()))
+                setup.model.use_adapters({setup.loaded[folder]: strengths[folder] for folder in strengths})
             found[label] = evaluate(
                 setup.model,
                 rewards,

@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,11 @@ class Piece:
 class Judging:
     """Scores of one process's samples of an iteration, whose latents are offered in their order, some or all at a time.
 
-    In the background a thread judges the pieces while the caller samples the next images. Pieces, their order and the code
-    are the same in both cases, and one thread judges them one after the other, so scores are equal bit for bit, also of
-    rewards that draw from the global generators: sampling does not, its noise has generators of its own. Decoding stays
-    with the caller, since the model's modules are not made for two threads and the memory of two stages would add up.
+    In the background a thread judges pieces while the caller samples the next images; else everything is judged in as few
+    calls as the memory allows. The code is the same, so scores differ by no more than a reward's own do between batches of
+    different sizes. One thread judges the pieces one after the other, and sampling has generators of its own: a reward that
+    draws from the global ones draws the same when the run is repeated. Decoding stays with the caller, since the model's
+    modules are not made for two threads and the memory of two stages would add up.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Judging:
         self._first = {g: i for i, g in reversed(list(enumerate(self._groups)))}
         self._rewards = {name: run.rewards[name] for name in run.config.rewards}
         self._trained = {name: r for name, r in self._rewards.items() if run.config.rewards[name].weight != 0}
-        self._pointwise = all(reward.kind != "groupwise" for reward in self._rewards.values())
-        self._ends = piece_ends(self._groups, piece_size(len(samples), train.rollout_batch), not self._pointwise)
+        self._ends = [len(samples)]
+        if background:
+            size = piece_size(len(samples), train.rollout_batch)
+            self._ends = piece_ends(self._groups, size, not pointwise(self._rewards.values()))
         self._offered: list[list[Tensor]] = []  # of the samples from the last end on
         self._start = self._sampled = self._width = 0
         self._table: dict[str, Tensor] = {}
@@ -87,9 +90,11 @@ class Judging:
 
         Judges all pieces that are whole. Raises: RewardFailure, together with all other processes, if a reward failed.
         """
+        self._width = len(latents)
+        if self._worker is not None and self._worker.given_up:
+            return
         self._offered.append(list(latents))
         self._sampled += len(latents[-1])
-        self._width = len(latents)
         try:
             if self._worker is not None:
                 self._worker.check()
@@ -130,34 +135,34 @@ class Judging:
 
     def _once(self, column: int) -> bool:
         """With a shared start the first completion is the same for a whole group: it is decoded and judged once."""
-        return column == 0 and self._width > 1 and self._run.config.sampler.shared_start and self._pointwise
+        shared = self._run.config.sampler.shared_start
+        return column == 0 and self._width > 1 and shared and pointwise(self._trained.values())
 
     def _decode(self, end: int) -> None:
         """Decode the samples up to `end` and judge them, or have them judged."""
         if self._start == 0:
             self._onloaded.enter_context(onloaded(self._rewards.values()))
         columns = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self._offered, strict=True)]
-        here = range(self._start, end)
+        here, batch = range(self._start, end), self._run.config.train.rollout_batch
         for c, latents in enumerate(columns):
-            if self._worker is not None and self._worker.given_up:
-                break
-            rows = [i for i in here if not self._once(c) or self._first[self._groups[i]] == i]
-            if not rows:
-                continue
-            images = self._run.model.decode(
-                latents[[i - self._start for i in rows]], self._run.config.train.rollout_batch
-            )
             # a reward of weight 0 is only watched: it sees the final images alone
             judges = self._rewards if c == self._width - 1 else self._trained
-            piece = Piece(rows, c, judges, images, None if self._stream is None else torch.cuda.Event())
-            if self._worker is None:
-                self._report("scoring", self._start, len(self._samples))
-                for found in self._judge(piece):
-                    self._enter(piece, found)
-            else:
-                if self._stream is not None:
-                    piece.decoded.record()
-                self._worker.put(piece)
+            rows = [i for i in here if not self._once(c) or self._first[self._groups[i]] == i]
+            size = max(batch, SCORED_AT_ONCE) if pointwise(judges.values()) else len(rows)
+            for some in (rows[at : at + size] for at in range(0, len(rows), size)):
+                if self._worker is not None and self._worker.given_up:
+                    return
+                images = self._run.model.decode(latents[[i - self._start for i in some]], batch)
+                decoded = None if self._stream is None else torch.cuda.Event()
+                piece = Piece(some, c, judges, images, decoded)
+                if self._worker is None:
+                    self._report("scoring", c, len(columns))
+                    for found in self._judge(piece):
+                        self._enter(piece, found)
+                else:
+                    if decoded is not None:
+                        decoded.record()
+                    self._worker.put(piece)
         rest = [latents[end - self._start :] for latents in columns]
         self._offered = [rest] if len(rest[-1]) else []  # an empty view would keep all of it
         self._start = end
@@ -191,8 +196,13 @@ class Judging:
         return self._table.setdefault(key, torch.full((len(self._samples), self._width), float("nan")))
 
 
+def pointwise(rewards: Iterable[Reward]) -> bool:
+    """Whether no score depends on other samples."""
+    return all(reward.kind != "groupwise" for reward in rewards)
+
+
 def piece_size(samples: int, rollout_batch: int) -> int:
-    """Images judged at once: whole rollout batches, about SCORED_AT_ONCE images, fewer where that leaves less than PIECES."""
+    """Samples of a piece: whole rollout batches, about SCORED_AT_ONCE, fewer where that leaves less than PIECES pieces."""
     wanted = min(SCORED_AT_ONCE, math.ceil(samples / PIECES))
     return rollout_batch * max(1, wanted // rollout_batch)
 

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradScalerKwargs, gather_object
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
 from align import checkpoint
@@ -149,7 +150,7 @@ class Run:
     def warn_once(self, key: str, text: str) -> None:
         """Print a warning the first time `key` comes up."""
         if key not in self.warned and self.main:
-            self.console.print(f"[yellow]warning:[/yellow] {text}")
+            self.console.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)  # names and paths are no markup
         self.warned.add(key)
 
     def total(self, count: int) -> int:

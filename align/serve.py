@@ -17,6 +17,7 @@ from rich.console import Console
 from align.config import load_config, load_resolved
 from align.errors import UserError
 from align.train import readable_errors
+from align.trainable import check_fixed
 from rewards.registry import RewardConfig, build_reward
 
 TOKEN_VARIABLE = "ALIGN_REWARD_TOKEN"
@@ -88,6 +89,7 @@ def serve_reward(settings: RewardConfig, name: str, host: str, port: int, token_
     if not token and not is_loopback(host):
         raise UserError(f"{host} is reached by others: set {token_env} to a secret that requests must carry")
     reward = build_reward(name, settings)
+    check_fixed(name, reward)
     listener = listen(host, port)  # before a long load, in case it is taken
     with listener:
         device = "cuda" if torch.cuda.is_available() else "cpu"

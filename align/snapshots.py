@@ -18,7 +18,7 @@ from PIL import Image
 
 from align.grids import as_image
 from align.hacking import Point
-from align.runfolder import RunFolder, number_of
+from align.runfolder import RunFolder, number_of, parse_config
 
 if TYPE_CHECKING:  # a report loads no model
     from align.evaluate import Evaluation
@@ -50,7 +50,11 @@ def kept_pictures(run_dir: Path, iteration: int) -> list[Path]:
 
 
 def points(run: RunFolder) -> list[Point]:
-    """The evaluations of a run in order, the base's first; empty if the base was not evaluated during the run."""
+    """The evaluations of a run in order, the base's first; empty if the base was not evaluated during the run.
+
+    Those that are known to have been made with other settings than eval/base.json, which a continued run writes again, are
+    left out: a level at fewer steps is no change of the model.
+    """
     rewards = sorted(
         {k.removeprefix("eval/") for row in run.evals for k in row if k.startswith("eval/") and not k.endswith("_ci95")}
     )
@@ -58,17 +62,33 @@ def points(run: RunFolder) -> list[Point]:
     found = []
     for row in run.evals:
         iteration = int(row["iteration"])
+        kept = _read_scores(run.path, iteration) if iteration else None
+        if kept is not None and any(kept.get(key) != value for key, value in settings.items()):
+            continue
         means = {name: number_of(row.get(f"eval/{name}")) for name in rewards}
         half_widths = {name: number_of(row.get(f"eval/{name}_ci95")) for name in rewards}
-        found.append(Point(iteration, means, half_widths, _scores(run.path, iteration, settings)))
+        found.append(Point(iteration, means, half_widths, _table((kept or {}).get("scores"))))
     if not found or found[0].iteration != 0:
         return []
-    base = _table((run.base or {}).get("scores"))
+    base, during = _table((run.base or {}).get("scores")), _during(run)
     if len(found) > 1 and found[-1].scores:  # base.json is about all prompts, of which the others have the first
         counts = {name: len(values) for name, values in found[-1].scores.items()}
-        cut = {name: values[: counts.get(name, 0)] for name, values in base.items()}
-        found[0] = Point(0, found[0].means, found[0].half_widths, cut)
+    else:
+        counts = dict.fromkeys(base, during)
+    cut = {name: values[: counts.get(name, 0)] for name, values in base.items()}
+    # as base.json says, which is newer than the row of a run that was continued with other settings
+    means = {name: float(np.nanmean(v)) for name, v in cut.items() if any(map(math.isfinite, v))}
+    found[0] = Point(
+        0, {**found[0].means, **{n: m for n, m in means.items() if n in rewards}}, found[0].half_widths, cut
+    )
     return found
+
+
+def _during(run: RunFolder) -> int:
+    """eval.during; 0 where the configuration does not say."""
+    section = parse_config(run.config).get("eval")
+    value = number_of(section.get("during")) if isinstance(section, Mapping) else math.nan
+    return int(value) if value > 0 else 0
 
 
 def base_std(run: RunFolder) -> dict[str, float]:
@@ -89,15 +109,13 @@ def _pictures_folder(run_dir: Path, iteration: int) -> Path:
     return run_dir / "samples" / f"iteration-{iteration:06d}"
 
 
-def _scores(run_dir: Path, iteration: int, settings: Mapping[str, object]) -> dict[str, list[float]]:
-    """Scores by prompt of an evaluation; empty if they are not there or were made in another way than the base's."""
+def _read_scores(run_dir: Path, iteration: int) -> Mapping[str, object] | None:
+    """What `keep_snapshot` wrote of an evaluation; None if it is not there: a run of before, or a damaged file."""
     try:
         data = json.loads(_scores_file(run_dir, iteration).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}  # a run of before they were kept, or a damaged file
-    if not isinstance(data, Mapping) or any(data.get(key) != value for key, value in settings.items()):
-        return {}
-    return _table(data.get("scores"))
+        return None
+    return data if isinstance(data, Mapping) else None
 
 
 def _table(scores: object) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""What both loops do at the end of an update, and how they are timed and interrupted."""
+"""What all loops do at the end of an update, and how they are timed and interrupted."""
 
 from __future__ import annotations
 

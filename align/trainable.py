@@ -32,6 +32,14 @@ def fixed_rewards(rewards: Mapping[str, Reward]) -> dict[str, Reward]:
     return {name: reward for name, reward in rewards.items() if not reward.trainable}
 
 
+def check_fixed(name: str, reward: Reward) -> None:
+    """Raises: RewardError for a reward that has something to say only in the run that trains it."""
+    if any(part.trainable for part in (reward, *_parts(reward))):
+        raise RewardError(
+            f"reward '{name}' is trained along with a policy and knows nothing outside that run: name another"
+        )
+
+
 def check_trainable(config: Config, rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
     """Raises: UserError if a reward is trainable and the configuration has no place for that, or if images are missing."""
     for name, reward in rewards.items():
@@ -45,6 +53,12 @@ def check_trainable(config: Config, rewards: Mapping[str, Reward], prompts: Sequ
     errors = [
         f"reward '{name}' {error}" for name, reward in found.items() for error in _conflicts(config, name, reward)
     ]
+    turns = [{i for i in range(config.train.iterations) if r.policy_turn(i)} for r in found.values()]
+    if all(turns) and not set.intersection(*turns):
+        errors.append(
+            f"rewards {', '.join(found)} leave the policy no turn in common in {config.train.iterations} iterations: "
+            "give them the same `every`"
+        )
     if len(found) == len(rewards):
         errors.append(
             f"reward '{next(iter(found))}' moves along with the policy, so it cannot tell whether the policy got better: "

@@ -20,6 +20,7 @@ from align.errors import UserError
 from align.grids import save_png
 from align.inference import Setup, chosen_prompts, chosen_rewards, load_target
 from align.models.base import load_model
+from align.models.controlnet import ControlNetSDModel
 from align.prompts import Prompt, load_prompts
 from align.run import sampling_grid
 from align.scoring import score_local
@@ -70,6 +71,8 @@ def load_setup(target: str, adapter: str | None = None, seed: int | None = None,
         setup = load_target(target, adapter, seed=seed, scale=scale)
     if setup.config is not None and setup.config.sampler.psi is not None and (run / "psi.json").is_file():
         setup.config.sampler.psi = str(run / "psi.json")  # what this run was trained with, wherever its folder is now
+    if isinstance(setup.model, ControlNetSDModel):
+        raise UserError("--trajectory: not with a ControlNet, which follows condition images")
     setup = replace(setup, folder=run)
     return setup if scale else replace(setup, adapter=None)
 

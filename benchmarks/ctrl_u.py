@@ -12,7 +12,6 @@ verifier (gold) are only measured.
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,13 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "ctrl_u": (CTRL_U, []),
     "ctrl_u_shared": (CTRL_U, ["consistency.ctrlu.share_noise=true"]),
 }
-COLOURS = {"controlnet": "#57606a", "controlnet_pp": "#1f6feb", "average": "#d1611f", "ctrl_u": "#1a7f37", "ctrl_u_shared": "#8250df"}
+COLOURS = {
+    "controlnet": "#57606a",
+    "controlnet_pp": "#1f6feb",
+    "average": "#d1611f",
+    "ctrl_u": "#1a7f37",
+    "ctrl_u_shared": "#8250df",
+}
 METRICS = {
     "layout": "layout: mean IoU by the exact reader",
     "condition": "condition: mean IoU by D (trained)",
@@ -45,7 +50,6 @@ STATISTICS = (
     "train/grad_norm",
     "time/train",
 )
-PICTURED = "ctrl_u"
 
 
 def empty() -> dict[str, Any]:
@@ -71,8 +75,6 @@ def add(method: str, seed: int, folder: Path) -> None:
             row.pop("full", None), row.pop("full_base", None)
     rows += curves.statistic_rows(method, seed, folder, STATISTICS)
     curves.append(RESULTS, rows, empty)
-    if method == PICTURED and seed == 0:
-        shutil.copy(folder / "grids" / "base_vs_tuned.png", ROOT / "docs" / "assets" / "ctrl-u-grid.png")
 
 
 def show() -> None:
@@ -82,7 +84,9 @@ def show() -> None:
     figure = ROOT / "docs" / "assets" / "ctrl-u.png"
     costs = {"iteration": "iterations", "nfe": "network evaluations"}
     curves.draw(rows, {m: COLOURS[m] for m in present}, figure, metrics=METRICS, costs=costs)
+    pictures = ROOT / "docs" / "assets" / "ctrl-u-grid.png"  # align grid outputs/ctrl_u/ctrl_u-0 --n 6 --out FILE
     text = [
+        f"![condition, the ControlNet of the start and Ctrl-U's, same noise](../assets/{pictures.name})",
         f"![layout, condition and gold against iterations and evaluations](../assets/{figure.name})",
         comparison(rows, present),
         "Against each other, runs of equal seed:\n\n" + pairs(rows, present),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rewards.backbone import Backbone, load_backbone
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, nearest
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, nearest, one_line
 from rewards.weights import loading
 
 
@@ -98,7 +98,7 @@ class AdversarialReward(Reward):
             with torch.no_grad():
                 size = backbone.transform["size"]
                 width = backbone.tokens(torch.zeros(1, 3, *size))[1].image.shape[1]
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # not that of a GPU, which `loading` would leave so
             head = nn.Sequential(nn.Linear(width, self.hidden), nn.GELU(), nn.Linear(self.hidden, 1))
         self.backbone, self._width = backbone, width
         self.head = head.to(device).eval().requires_grad_(False)
@@ -143,7 +143,7 @@ class AdversarialReward(Reward):
         try:
             head.load_state_dict({k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")})
         except RuntimeError as error:
-            raise RewardError(f"reward '{self.name}': the checkpoint's head is another ({error})") from error
+            raise RewardError(f"reward '{self.name}': the checkpoint's head is another ({one_line(error)})") from error
         full: dict[str, Any] = optimizer.state_dict()
         entries: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():

@@ -149,9 +149,14 @@ class Reward:
             module.to("cpu")
 
     def onload(self) -> None:
-        """Bring back what `offload` moved; scores are the same as without."""
-        for module, device in self._homes:
-            module.to(device)
+        """Bring back what `offload` moved, all of it or nothing; scores are the same as without."""
+        try:
+            for module, device in self._homes:
+                module.to(device)
+        except Exception:
+            for module, _ in self._homes:
+                module.to("cpu")
+            raise
         self._homes = ()
 
     @property
@@ -205,21 +210,33 @@ _MOVES = threading.RLock()
 
 @contextlib.contextmanager
 def onloaded(rewards: Iterable[Reward]) -> Iterator[None]:
-    """Inside, rewards that rest on the CPU are on their device. A use within a use moves nothing."""
-    resting = [reward for reward in rewards if reward.rests]
-    with _MOVES:
-        for reward in resting:
-            reward._users += 1
-            if reward._users == 1:
-                reward.onload()
-    try:
-        yield
-    finally:
+    """Inside, rewards that rest on the CPU are on their device. A use within a use moves nothing.
+
+    Raises: RewardError if one cannot be brought there; then none of them stays.
+    """
+    with contextlib.ExitStack() as leaving:
         with _MOVES:
-            for reward in resting:
-                reward._users -= 1
-                if reward._users == 0:
-                    reward.offload()
+            for reward in rewards:
+                if reward.rests:
+                    leaving.callback(_leave, reward)
+                    _enter(reward)
+        yield
+
+
+def _enter(reward: Reward) -> None:
+    reward._users += 1
+    if reward._users == 1:
+        try:
+            reward.onload()
+        except Exception as error:  # no memory, above all: other processes must hear of it
+            raise RewardError(f"reward '{reward.name}' cannot be brought to its device: {one_line(error)}") from error
+
+
+def _leave(reward: Reward) -> None:
+    with _MOVES:
+        reward._users -= 1
+        if reward._users == 0:
+            reward.offload()
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -355,7 +372,10 @@ def _merge(outputs: list[RewardOutput], order: Tensor) -> RewardOutput:
         for key in keys
     }
     # a chunk that a service did not answer says nothing of how sure it is, and must not silence the others
-    doubts = [blank if output.uncertainty is None else output.uncertainty for output, blank in zip(outputs, missing, strict=True)]
+    doubts = [
+        blank if output.uncertainty is None else output.uncertainty
+        for output, blank in zip(outputs, missing, strict=True)
+    ]
     info: dict[str, Any] = {}
     for key in dict.fromkeys(key for output in outputs for key in output.info):
         parts = [output.info.get(key) for output in outputs]

@@ -25,13 +25,16 @@ def vendi_score(embeddings: Tensor, group_ids: Tensor) -> Tensor:
 
     l_i are the eigenvalues of K / n, K the (n, n) cosines of the group's embeddings. 1 for n equal images, n for n
     orthogonal ones; groups of different sizes do not compare. Arguments and order as in `embedding_diversity`; returns
-    (G,) float64 in [1, n].
+    (G,) float64 in [1, n], NaN where an embedding is not finite.
     """
     ids, group = _checked(group_ids, len(embeddings)).unique(return_inverse=True)
     unit = _unit(embeddings)
     scores = torch.empty(len(ids), dtype=torch.float64)
     for i in range(len(ids)):
         members = unit[group == i]
+        if not members.isfinite().all():  # of a broken image; eigvalsh would raise
+            scores[i] = torch.nan
+            continue
         values = torch.linalg.eigvalsh(members @ members.T / len(members)).clamp_min(0)  # rounding makes a 0 negative
         scores[i] = torch.special.entr(values).sum().exp()
     return scores

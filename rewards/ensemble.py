@@ -97,7 +97,10 @@ class EnsembleReward(Reward):
         """Take mean and std of every member. Raises RewardError if one is missing or its scores did not differ."""
         missing = [name for name in self.members if name not in statistics]
         if missing:
-            raise RewardError(f"reward '{self.name}': no reference statistics of member {', '.join(missing)}")
+            raise RewardError(
+                f"reward '{self.name}': no score of the base model's images by member {', '.join(missing)}, so there is no "
+                "unit; leave it out, or use other prompts.eval"
+            )
         for name in self.members:
             if not statistics[name]["std"] > STD_FLOOR:
                 raise RewardError(
@@ -150,7 +153,7 @@ def _read(path: Path, name: str, members: Mapping[str, Reward]) -> Mapping[str, 
         stored = json.loads(path.read_text(encoding="utf-8"))["rewards"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise RewardError(f"reward '{name}': reference {path} is not the uncertainty.json of a run") from error
-    fitting: list[Mapping[str, Mapping[str, float]]] = [s for s in stored.values() if all(m in s for m in members)]
+    fitting: list[Mapping[str, Mapping[str, float]]] = [s for s in stored.values() if all("std" in s.get(m, {}) for m in members)]
     if not fitting:
         raise RewardError(f"reward '{name}': {path} has no reward with the members {', '.join(members)}")
     found: Mapping[str, Mapping[str, float]] = stored[name] if stored.get(name) in fitting else fitting[0]

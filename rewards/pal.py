@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, one_line
 from rewards.clip import CLIPScore
 from rewards.weights import find_file, load_tensors, loading
 
@@ -70,7 +70,7 @@ class PALReward(Reward):
             try:
                 self._build(tensors, width)
             except (KeyError, RuntimeError) as error:
-                raise RewardError(f"{file} holds no PAL model of {width} CLIP features: {error}") from error
+                raise RewardError(f"{file} holds no PAL model of {width} CLIP features: {one_line(error)}") from error
             if self.user_weights is not None and self._mixtures([{"user_weights": self.user_weights}]).isnan().any():
                 raise RewardError(f"user_weights must be {self.prototypes} numbers of 0 or more that add up to 1")
         assert self.networks is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -347,7 +347,11 @@ class ImageModel:
             raise UserError(
                 f"adapter: {folder} does not fit {network}: it has a place for {len(taken)} of {len(present)} tensors"
             )
-        self.pipe.set_adapters([name], adapter_weights=[scale])
+        self.use_adapters({name: scale})
+
+    def use_adapters(self, strengths: Mapping[str, float]) -> None:
+        """Compute with the loaded adapters of these names, each at its strength."""
+        self.pipe.set_adapters(list(strengths), adapter_weights=list(strengths.values()))
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ CONTROL = "control"
 FROM_UNET = "unet"
 SHIPPED_CONTROLNETS = {"playground": Path(__file__).parent.parent / "playground" / "controlnet_weights"}
 _EMBEDDING_CHANNELS = (16, 32, 96, 256)
+_NO_STRENGTH = (
+    "--scale, --scales and --mix: a ControlNet has no strength and cannot be added to another; leave them out"
+)
 
 
 class ControlNetSDModel(SDModel):
@@ -40,12 +44,32 @@ class ControlNetSDModel(SDModel):
 
     def trained_parameters(self, seed: int) -> list[torch.nn.Parameter]:
         """All parameters of the ControlNet, in name order; `seed` is not needed."""
-        parameters = [p for _, p in sorted(self.controlnet.named_parameters())]
-        # on the CPU: it is needed for a few evaluations only
-        self._start = [p.detach().to("cpu", copy=True) for p in parameters]
+        parameters = self._keep_start()
         for parameter in parameters:
             parameter.requires_grad_(True)
         return parameters
+
+    def _keep_start(self) -> list[torch.nn.Parameter]:
+        parameters = [p for _, p in sorted(self.controlnet.named_parameters())]
+        # on the CPU: it is needed for a few evaluations only
+        self._start = [p.detach().to("cpu", copy=True) for p in parameters]
+        return parameters
+
+    def load_adapter(self, folder: str | Path, scale: float = 1.0, name: str = "tuned") -> None:
+        """Put the trained ControlNet of `folder` in place of that of the start, which stays the reference.
+
+        Raises: UserError if it does not fit, and for a strength or a second one, which ControlNets do not have.
+        """
+        if scale != 1 or self._start:
+            raise UserError(_NO_STRENGTH)
+        found = load_controlnet(replace(self.config, controlnet=str(folder)), self.network, self.pipe.vae_scale_factor)
+        self._keep_start()
+        self.controlnet.load_state_dict(found.state_dict())
+
+    def use_adapters(self, strengths: Mapping[str, float]) -> None:
+        """Nothing to choose: there is one ControlNet, in use outside `reference`. Raises: UserError as `load_adapter`."""
+        if list(strengths.values()) != [1.0]:
+            raise UserError(_NO_STRENGTH)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

@@ -178,6 +178,14 @@ def test_neither_micro_batches_nor_shares_change_the_gradient(begin):
     assert distance(gradient(run, [2, 0], [3, 1]), whole) < 1e-5
 
 
+def test_recomputed_activations_change_nothing(begin):
+    whole = gradient(begin("ctrl_u"))
+    run = begin("ctrl_u", "model.gradient_checkpointing=true", "consistency.checkpointing=true")
+    assert distance(gradient(run), whole) < 1e-5
+    assert run.model.controlnet.is_gradient_checkpointing
+    assert run.model.pipe.vae.is_gradient_checkpointing
+
+
 def test_equal_predictions_make_ctrl_u_controlnet_pp(begin):
     twice = begin("ctrl_u", "consistency.ctrlu.add_timestep=0")
     expected = gradient(twice)

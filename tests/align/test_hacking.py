@@ -15,7 +15,7 @@ from PIL import Image
 
 from align.evaluate import Evaluation
 from align.hacking import FALL, Point, curve, parting
-from align.hacking_report import find, metrics_of, section, warning_of
+from align.hacking_report import find, metrics_of, parts_of_trained, roles, section, warning_of
 from align.prompts import Prompt
 from align.report import write_report
 from align.runfolder import parse_config, read_run
@@ -71,7 +71,13 @@ def test_no_alarm_where_both_rise_or_both_fall():
 
 def test_an_alarm_is_void_once_the_held_out_reward_climbs_above_where_it_fell_from():
     dip = [0, 0.3, -0.1, -0.1, 0.2, 0.4, 0.5, 0.5]
-    assert parted(evaluations(RISING[:5], dip[:5])) == (10, 20)
+    assert parted(evaluations(RISING[:4], dip[:4])) == (10, 20)
+    assert parted(evaluations(RISING, dip)) is None
+
+
+def test_a_fall_that_is_made_up_for_is_no_alarm_at_the_end():
+    dip = [0, 0.5, 0.1, 0.1, 0.3, 0.45, 0.45, 0.45]  # just below the best is not above it
+    assert parted(evaluations(RISING[:4], dip[:4])) == (10, 20)
     assert parted(evaluations(RISING, dip)) is None
 
 
@@ -91,15 +97,70 @@ def test_few_prompts_take_the_wider_tails_of_their_own_spread():
     rng = np.random.default_rng(0)
     alarms = 0
     for _ in range(300):
-        table = rng.normal(0, 1, (20, 6))
+        table = rng.normal(0, 1, (20, 12))
         table[0] = 0
         rows = [
-            Point(i, {"proxy": 2.0 * i, "gold": row.mean()}, {}, {"proxy": [2.0 * i] * 6, "gold": row.tolist()})
+            Point(i, {"proxy": 2.0 * i, "gold": row.mean()}, {}, {"proxy": [2.0 * i] * 12, "gold": row.tolist()})
             for i, row in enumerate(table)
         ]
         units = {"proxy": 1.0, "gold": 1.0}
         alarms += parting(curve(rows, units, {"proxy": 1.0}), curve(rows, units, {"gold": 1.0})) is not None
-    assert alarms <= 25  # 15 expected at most; with normal tails it would be over a hundred
+    assert alarms <= 25  # 15 expected at most; with normal tails over forty, without the correction over two hundred
+
+
+def test_a_handful_of_prompts_is_never_beyond_doubt():
+    # Scores of 0 and 1: that two or six prompts change alike is chance, and their differences have no spread at all.
+    for count, expected in ((2, None), (6, None), (12, (0, 30))):
+        rows = [
+            Point(10 * i, {"proxy": i, "gold": g}, {}, {"proxy": [1.0 * i] * count, "gold": [g] * count})
+            for i, g in enumerate([1.0, 1.0, 1.0, 0.0])
+        ]
+        assert parted(rows) == expected, count
+
+
+def test_rewards_that_speak_of_different_prompts_part_as_one_that_speaks_of_all():
+    gold = [0, 0.2, 0.2, -0.1, -0.15, -0.2, -0.2, -0.25]
+    rows = evaluations(RISING, gold, noise=0.2)
+    odd = []
+    for row in rows:  # text and count: each silent on the other's prompts
+        g = np.array(row.scores["gold"])
+        halves = {
+            "text": np.where(np.arange(PROMPTS) % 2, g, np.nan),
+            "count": np.where(np.arange(PROMPTS) % 2, np.nan, g),
+        }
+        means = {"proxy": row.means["proxy"], **{k: float(np.nanmean(v)) for k, v in halves.items()}}
+        scores = {"proxy": row.scores["proxy"], **{k: v.tolist() for k, v in halves.items()}}
+        odd.append(Point(row.iteration, means, {}, scores))
+    units = {"proxy": UNITS["proxy"], "text": UNITS["gold"], "count": UNITS["gold"]}
+    whole = curve(rows, UNITS, {"gold": 1.0})
+    split = curve(odd, units, {"text": 1.0, "count": 1.0})
+    np.testing.assert_allclose(split.changes, whole.changes, atol=1e-12)  # as many of each
+    np.testing.assert_allclose([split.error(1, i) for i in (3, 7)], [whole.error(1, i) for i in (3, 7)], rtol=0.1)
+    assert parting(curve(odd, units, {"proxy": 1.0}), split) == parting(curve(rows, UNITS, {"proxy": 1.0}), whole)
+
+
+def test_a_prompt_without_a_score_does_not_move_the_rest():
+    # The easiest prompts are silent at the last evaluation: the mean of what is left falls, no prompt does.
+    levels = np.linspace(-2, 2, PROMPTS)
+    last = np.where(levels > 1, np.nan, levels)
+    rows = [
+        Point(
+            10 * i, {"proxy": i, "gold": float(np.nanmean(g))}, {}, {"proxy": [1.0 * i] * PROMPTS, "gold": g.tolist()}
+        )
+        for i, g in enumerate((levels, levels, last))
+    ]
+    assert rows[2].means["gold"] < rows[0].means["gold"] - FALL
+    assert curve(rows, {"proxy": 1.0, "gold": 1.0}, {"gold": 1.0}).changes.tolist() == [0, 0, 0]
+
+
+def test_evaluations_on_more_and_on_fewer_prompts_share_the_first():
+    rows = evaluations(RISING, [0, 0.2, 0.4, 0.5, 0.4, 0.2, 0.0, -0.3], noise=0.3)
+    fewer = [
+        Point(p.iteration, p.means, {}, {n: v[: 40 if i > 4 else PROMPTS] for n, v in p.scores.items()})
+        for i, p in enumerate(rows)
+    ]
+    assert curve(fewer, UNITS, {"gold": 1.0}).prompts == 40
+    assert parted(fewer)[0] == 30
 
 
 def test_pairs_of_prompts_show_a_fall_that_intervals_hide():
@@ -158,12 +219,20 @@ def test_a_hacked_run_names_the_iteration_and_the_command_for_its_checkpoint(hac
     assert html.index("Hacked from iteration 30 on") < html.index("Base and tuned")
 
 
-def test_a_checkpoint_that_was_not_kept_is_replaced_by_the_nearest_and_a_way_to_keep_it(hacked: Path):
+def test_a_checkpoint_that_was_not_kept_is_replaced_by_the_best_that_was_and_a_way_to_keep_it(hacked: Path):
     (hacked / "checkpoints" / "iteration-000030" / "state.json").unlink()  # an unfinished checkpoint is none
     advice = of(hacked).advice
     assert "were not kept" in advice.text
     assert advice.command.endswith("checkpoints/iteration-000020/adapter")
     assert "checkpoint.every=10 checkpoint.keep=8 early_stop.reward=clip" in advice.again
+    (hacked / "checkpoints" / "iteration-000020" / "state.json").unlink()
+    late = hacked / "checkpoints" / "iteration-000060"  # clip is .4 std below the base there: nearest, and of no use
+    (late / "adapter").mkdir(parents=True)
+    (late / "state.json").write_text("{}")
+    advice = of(hacked).advice
+    assert advice.command == ""
+    assert "Use the base model" in advice.text
+    assert "checkpoint.keep=8" in advice.again
     for folder in (hacked / "checkpoints").glob("*/state.json"):
         folder.unlink()
     advice = of(hacked).advice
@@ -195,13 +264,55 @@ def test_an_old_run_without_pictures_or_scores_by_prompt_is_read_all_the_same(tm
     assert "eval.pictures" in shown.no_picture
 
 
-def test_scores_made_with_other_settings_are_not_compared_by_prompt(hacked: Path):
+def test_evaluations_made_with_other_settings_are_no_part_of_the_comparison(hacked: Path):
+    # Continued after 40 with other settings, the base evaluated again: what came before has another level.
+    for path in sorted((hacked / "eval").glob("iteration-*.json"))[:4]:
+        path.write_text(json.dumps({**json.loads(path.read_text()), "num_steps": 3}))
+    assert [p.iteration for p in points(read_run(hacked))] == [0, 50, 60, 70, 80]
+    rows = [json.loads(line) for line in (hacked / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "eval" and row["iteration"] == 0:
+            row["eval/clip"] += 5.0  # the base's row is of before as well; eval/base.json is not
+    (hacked / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert of(hacked).said == "Hacked from the start"
+    run = read_run(hacked)
+    found = find(run, parse_config(run.config))
+    assert found.held_out.changes[-1] == pytest.approx(-1, abs=0.15)
+    assert metrics_of(hacked, run.evals[-1])["hacking/held_out"] == pytest.approx(found.held_out.changes[-1])
     for path in (hacked / "eval").glob("iteration-*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "num_steps": 3}))
-    assert of(hacked).prompts == 0
+    assert "settings of eval/base.json" in of(hacked).why
+    assert warning_of(hacked) is None
+
+
+def test_a_damaged_file_of_scores_leaves_the_means(hacked: Path):
     (hacked / "eval" / "iteration-000050.json").write_text("{")
     (hacked / "eval" / "iteration-000060.json").write_text("[]")
-    assert of(hacked).said == "Hacked from iteration 30 on"
+    shown = of(hacked)
+    assert (shown.said, shown.prompts) == ("Hacked from iteration 30 on", 0)
+
+
+def test_a_member_of_the_trained_ensemble_does_not_count_as_held_out(hacked: Path):
+    # `verifier` rises as what is trained does, and would hide half of what `clip` falls.
+    old = "verifier: {type: verifier, weight: 1.0}"
+    members = "{one: {type: verifier}, two: {type: proxy, args: {seed: 2}}}"
+    settings(
+        hacked,
+        old,
+        f"committee: {{type: ensemble, args: {{members: {members}}}}}\n  verifier: {{type: verifier, weight: 0}}",
+    )
+    config = parse_config((hacked / "config.yaml").read_text())
+    assert roles(config) == ({"committee": 1.0}, {"clip": 1.0})
+    assert parts_of_trained(config) == ("verifier",)
+    config["rewards"]["verifier"]["args"] = {"threshold": 0.5}
+    assert roles(config)[1] == {"verifier": 1.0, "clip": 1.0}
+    config["eval_rewards"] = {
+        "other": {"type": "proxy", "args": {"seed": 2}},
+        "third": {"type": "proxy", "args": {"seed": 3}},
+    }
+    assert parts_of_trained(config) == ("other",)
+    d2 = {"guided": {"type": "d2align", "args": {"base": {"type": "clip"}, "direction": "b.safetensors"}}}
+    assert roles({"rewards": d2, "eval_rewards": {"plain": {"type": "clip"}}}) == ({"guided": 1.0}, {})
 
 
 def test_without_a_held_out_reward_the_report_says_what_to_add(hacked: Path):

@@ -1,4 +1,4 @@
-"""Judging while sampling goes on: the same scores as afterwards, and what happens when a reward fails or hangs."""
+"""Judging images afterwards, or while others are sampled: the same scores, and what happens when a reward fails or hangs."""
 
 import random
 import threading
@@ -92,23 +92,42 @@ def judged(run: Run, background: bool) -> Scores:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_scores_of_all_states_are_those_of_judging_afterwards_bit_for_bit(begin, shared):
-    """Rewards that draw from the global generators included, whose state is then the same too."""
+def test_scores_of_all_states_are_those_of_judging_afterwards(begin, shared):
+    """Of a reward that draws from the global generators too, whose draws are the same whenever it is done again."""
     watched = {"brightness": {"type": "brightness"}, "jpeg": {"type": "jpeg", "weight": 0.0}}
     run = begin({"rewards": watched, "sampler": {"shared_noise": shared, "num_steps": 4}}, "dense_grpo_uniform")
     run.rewards["brightness"] = Drawing(_prompts(run, 0)[1].text)
-    before = judged(run, background=False)
+    before, after = judged(run, background=False), judged(run, background=True)
     state = rng_state()
-    after = judged(run, background=True)
+    again = judged(run, background=True)
     assert before.values["brightness"].shape == (8, 4)
-    for mine, theirs in ((before.values, after.values), (before.valid, after.valid), (before.extras, after.extras)):
-        assert mine.keys() == theirs.keys()
-        for key in mine:
-            assert torch.equal(mine[key].nan_to_num(-1), theirs[key].nan_to_num(-1)), key
     assert not before.valid["brightness"].all()
-    assert before.extras["brightness:component/noise"].isnan().sum() == 0
+    noises = [scores.extras["brightness:component/noise"] for scores in (before, after)]
+    assert all(noise.isnan().sum() == 0 for noise in noises)
+    bright = [s.values["brightness"] - noise for s, noise in zip((before, after), noises, strict=True)]
+    torch.testing.assert_close(bright[1], bright[0], atol=1e-5, rtol=0, equal_nan=True)
+    torch.testing.assert_close(after.values["jpeg"], before.values["jpeg"], equal_nan=True)
+    assert all(torch.equal(after.valid[name], before.valid[name]) for name in watched)
+    for once, twice in ((after.values, again.values), (after.extras, again.extras)):
+        assert once.keys() == twice.keys()
+        assert all(torch.equal(once[key].nan_to_num(-1), twice[key].nan_to_num(-1)) for key in once)
     assert state["json"] == rng_state()["json"]
     assert torch.equal(state["tensors"]["cpu"], rng_state()["tensors"]["cpu"])
+
+
+def test_afterwards_a_reward_is_asked_once_for_as_many_images_as_may_be(begin, monkeypatch):
+    """Not in pieces of a rollout batch, which are three images here; of a shared start once a group."""
+    run = begin({"sampler": {"shared_noise": True, "num_steps": 4}}, "dense_grpo_uniform")
+    asked: list[int] = []
+    reward = run.rewards["brightness"] = Scripted(lambda call: None)
+    score = reward.score
+    monkeypatch.setattr(reward, "score", lambda batch: asked.append(len(batch)) or score(batch))
+    judged(run, background=False)
+    assert asked == [2, 8, 8, 8]
+    asked.clear()
+    monkeypatch.setattr("align.judging.SCORED_AT_ONCE", 5)
+    judged(run, background=False)
+    assert asked == [2, 5, 3, 5, 3, 5, 3]
 
 
 def test_a_groupwise_reward_waits_for_whole_groups(begin):
@@ -188,7 +207,33 @@ def test_a_failure_stops_the_run_with_the_rewards_words_before_everything_is_sam
         run_iteration(run, quiet)
     assert isinstance(caught.value, UserError)
     assert sum(decoded) <= 2 + WAITING
-    assert not [t for t in threading.enumerate() if t.name == "judging" and t.is_alive() and t.join(PATIENCE)]
+    assert_no_thread_stays()
+
+
+def assert_no_thread_stays() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "judging":
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+
+def test_no_thread_stays_after_an_iteration_nor_after_one_that_ends_while_images_are_judged(begin):
+    run = begin({"train": {"rollout_batch": 1, "async_scoring": True}})
+    run_iteration(run, quiet)
+    assert_no_thread_stays()
+    begun, free = threading.Event(), threading.Event()
+    run.rewards["brightness"] = Scripted(lambda call: (begun.set(), free.wait(PATIENCE)))
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "sampling" and done == 3:
+            assert begun.wait(PATIENCE)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_iteration(run, interrupt)
+    free.set()
+    assert_no_thread_stays()
+    assert run.rewards["brightness"].calls == 1
 
 
 def test_a_mistake_of_ours_in_the_thread_is_not_swallowed(begin):

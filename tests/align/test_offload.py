@@ -37,11 +37,14 @@ class Network(Reward):
 
 
 class Moved(nn.Linear):
-    """Counts how often it is moved."""
+    """Counts how often it is moved; if `full`, there is no room the next time."""
 
-    moves = 0
+    moves, full = 0, False
 
     def _apply(self, *arguments, **options):
+        if self.full:
+            self.full = False
+            raise RuntimeError("out of memory")
         self.moves += 1
         return super()._apply(*arguments, **options)
 
@@ -97,6 +100,26 @@ def test_it_leaves_the_device_after_a_failure_too(batch):
     assert reward.network.moves == 3
 
 
+def test_where_there_is_no_room_for_one_of_several_none_stays_and_the_failure_has_its_name(batch):
+    first, second = Inner(), Inner()
+    second.name, second.more = "large", Moved(3, 1)
+    for reward in (first, second):
+        reward.offload()
+    second.more.full = True
+    with (
+        pytest.raises(
+            RewardError, match="^reward 'large' cannot be brought to its device: RuntimeError: out of memory$"
+        ),
+        onloaded([first, second]),
+    ):
+        pass
+    assert [network.moves for network in (first.network, second.network, second.more)] == [3, 3, 2]
+    assert first._users == second._users == 0
+    checked_score(second, batch)  # there is room now
+    assert second.scored_at == [4]
+    assert second.more.moves == 4
+
+
 def test_a_reward_made_of_others_takes_their_networks_along(batch):
     reward = Outer()
     own, members = reward.network, reward.parts["member"].network
@@ -129,7 +152,7 @@ def test_in_an_iteration_it_is_there_from_the_first_image_judged_to_the_last(beg
     run_iteration(run, lambda *_: None)
     steps = [name for name, _ in itertools.groupby(seen)]
     assert seen.count("onload") == seen.count("offload") == 1
-    assert seen.count("score") == 4  # eight images in pieces of a rollout batch
+    assert seen.count("score") == (4 if background else 1)  # eight images: in pieces of a rollout batch, or at once
     there, away = steps.index("onload"), steps.index("offload")
     assert steps[0] == "velocity"
     assert all(there < i < away for i, name in enumerate(steps) if name == "score")

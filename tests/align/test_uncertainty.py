@@ -131,6 +131,14 @@ def test_doubt_lowers_a_reward_by_standard_deviations_of_its_group():
     torch.testing.assert_close(found, torch.tensor([[-expected], [expected]], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
+def test_doubt_that_a_whole_group_shares_lowers_nothing():
+    rewards, _, groups = batch()
+    settings = UncertaintyConfig(mode="weight", kappa=0.0, eta=0.5)
+    plain, _ = group_advantages(rewards, torch.ones(30, dtype=torch.bool), groups, AdvantageConfig(std="global"))
+    found = weighted(rewards, groups.double(), groups, settings, AdvantageConfig(std="global"))
+    torch.testing.assert_close(found.float(), plain)
+
+
 def test_equal_rewards_teach_nothing_however_doubtful():
     rewards = torch.full((6, 1), 0.1)
     doubt = torch.rand(6, dtype=torch.float64) * 5
@@ -224,13 +232,19 @@ def settings(changes):
             "uncertainty.per_step: 'w' has weight 0",
         ),
         (
-            {"uncertainty": {"mode": "weight", "per_step": True}, "credit": {"rule": "gain"},
-             "sampler": {"plan": "window", "window_size": 1}},
+            {
+                "uncertainty": {"mode": "weight", "per_step": True},
+                "credit": {"rule": "gain"},
+                "sampler": {"plan": "window", "window_size": 1},
+            },
             "weighs steps against each other, and only 1 is stochastic",
         ),
         (
-            {"uncertainty": {"mode": "gate_kl", "sources": ["rank_disagreement"], "auxiliaries": ["w"]},
-             "advantage": {"baseline": "history"}, "train": {"group_size": 1}},
+            {
+                "uncertainty": {"mode": "gate_kl", "sources": ["rank_disagreement"], "auxiliaries": ["w"]},
+                "advantage": {"baseline": "history"},
+                "train": {"group_size": 1},
+            },
             "rank_disagreement compares the images of a group",
         ),
         ({"uncertainty": {"mode": "gate_kl"}, "objective": {"kl_beta": 0.0}}, "objective.kl_beta, which is 0"),
@@ -255,7 +269,13 @@ def test_settings_nobody_reads_are_said():
         "uncertainty.kappa has no effect: uncertainty.mode is off",
         "uncertainty.gate_min has no effect: uncertainty.mode is off",
     ]
-    changes = {"mode": "weight", "gate_min": 0.01, "auxiliaries": ["w"], "positive_only": True, "weighted_baseline": False}
+    changes = {
+        "mode": "weight",
+        "gate_min": 0.01,
+        "auxiliaries": ["w"],
+        "positive_only": True,
+        "weighted_baseline": False,
+    }
     weights = parse_config(settings({"uncertainty": changes}))
     assert [line for line in without_effect(weights) if line.startswith("uncertainty")] == [
         "uncertainty.gate_min has no effect: uncertainty.mode is weight",

@@ -19,6 +19,7 @@ from align.errors import UserError
 from align.grids import as_image, save_png
 from align.runfolder import metric_rows
 from align.train import print_plan
+from rewards import RewardConfig, RewardError
 
 REPOSITORY = Path(__file__).parents[2]
 REWARD = Path(__file__).with_name("moody_reward.py")
@@ -187,6 +188,13 @@ def test_a_reference_that_cannot_be_read_stops_the_run_with_its_name(configure, 
         ({"optim": {"schedule": "cosine"}}, "use constant"),
         ({"advantage": {"baseline": "history"}}, "advantage.baseline: history do not go together"),
         ({"combine": {"par": {"enabled": True}}, "advantage": {"std_floor": 0.1}}, "combine.par do not go together"),
+        (
+            {
+                "rewards": {f"every_{n}": {"type": "adversarial", "args": {"every": n}} for n in (2, 3)},
+                "train": {"iterations": 5},
+            },
+            "every_2, every_3 leave the policy no turn in common in 5 iterations",
+        ),
         ({"rewards": {"kept": {"type": "cached", "args": {"type": "adversarial"}}}}, "is made of a trainable one"),
     ],
 )
@@ -198,7 +206,7 @@ def test_what_a_moving_reward_cannot_do_is_refused_at_the_start(configure, chang
 
 
 def test_a_finished_run_is_evaluated_by_its_fixed_rewards(configure, train_here, tmp_path):
-    from align.inference import Setup, chosen_rewards
+    from align.inference import Setup, chosen_rewards, ready_reward
     from align.models.base import load_model
 
     config = configure()
@@ -208,3 +216,6 @@ def test_a_finished_run_is_evaluated_by_its_fixed_rewards(configure, train_here,
     assert set(chosen_rewards(setup, [])) == {"moody"}
     with pytest.raises(UserError, match="was trained along with the policy"):
         chosen_rewards(setup, ["like"])
+    for kind, args in (("adversarial", {}), ("cached", {"type": "adversarial"})):
+        with pytest.raises(RewardError, match="knows nothing outside that run"):
+            ready_reward("like", RewardConfig(kind, args=args), torch.device("cpu"))

@@ -36,8 +36,7 @@ def test_the_playground_run_by_the_command(tmp_path):
         "eval.num_steps=4", "eval.every=1", "prompts.train=playground:train_scenes:16", "trackers=[]",
     ]  # fmt: skip
     config = Path(__file__).parents[2] / "configs" / "playground" / "ctrl_u.yaml"
-    command = [sys.executable, "-m", "align.cli", "train", str(config), f"output_dir={tmp_path}", "name=run", *small]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = cli("train", str(config), f"output_dir={tmp_path}", "name=run", *small)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "run"
     assert {p.name for p in (folder / "controlnet").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
@@ -47,11 +46,20 @@ def test_the_playground_run_by_the_command(tmp_path):
     report = (folder / "report.html").read_text()
     assert str(folder / "controlnet") in report
     assert "consistency" in load_config(folder / "config.yaml").objective.type
-    refused = subprocess.run(
-        [sys.executable, "-m", "align.cli", "sample", str(folder), "a red circle"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert refused.returncode == 1
-    assert "trained a ControlNet, which follows condition images" in " ".join(refused.stdout.split())
+    again = cli("eval", str(folder), "--n", "4", "--out", str(tmp_path / "again"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    found = json.loads((tmp_path / "again" / "summary.json").read_text())
+    for column in ("base", "tuned"):
+        assert found[column] == pytest.approx(summary[column], abs=1e-6)
+    for refused, words in (
+        (cli("sample", str(folder), "a red circle"), "a ControlNet follows condition images"),
+        (cli("grid", str(folder), "--scales", "0.5", "--n", "1"), "a ControlNet has no strength"),
+    ):
+        assert refused.returncode == 1
+        assert words in " ".join(refused.stdout.split())
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`align ...`"""
+    command = [sys.executable, "-m", "align.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)

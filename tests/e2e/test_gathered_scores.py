@@ -29,7 +29,8 @@ def launched(processes: int, folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_one_two_and_four_processes_form_the_same_advantages_and_stop_together(tmp_path):
-    """Groups of four lie across processes, one sample and one whole group have no score, and the last process fails."""
+    """Groups of four lie across processes, one sample and one whole group have no score, only the last process has
+    uncertainties, and in the end it fails."""
     (alone,) = launched(1, tmp_path)
     assert sorted(alone["mine"]) == list(range(24))
     advantages = alone["advantages"]
@@ -43,3 +44,5 @@ def test_one_two_and_four_processes_form_the_same_advantages_and_stop_together(t
         assert all(one["advantages"] == advantages for one in found)
         told = ["a reward failed on another process"] * (processes - 1) + ["reward 'f' failed: no such file"]
         assert [one["words"] for one in found] == told
+        said = [x if i in found[-1]["mine"] else None for i, x in enumerate(alone["doubts"])]
+        assert all(one["doubts"] == said for one in found)

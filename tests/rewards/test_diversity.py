@@ -70,6 +70,13 @@ def test_more_copies_of_the_same_images_do_not_change_the_effective_number():
 
 
 @pytest.mark.parametrize("measure", [embedding_diversity, vendi_score])
+def test_a_broken_image_spoils_its_own_group_only(measure):
+    vectors = torch.eye(4)
+    vectors[0] = torch.nan
+    assert measure(vectors, torch.tensor([0, 0, 1, 1])).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("measure", [embedding_diversity, vendi_score])
 def test_a_wrong_number_of_group_ids_is_an_error(measure):
     with pytest.raises(ValueError, match="one group id for each of 3 images"):
         measure(torch.randn(3, 4), torch.zeros(2, dtype=torch.long))

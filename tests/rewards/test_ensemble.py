@@ -93,6 +93,8 @@ def test_before_it_has_units_it_says_what_to_do(make_batch):
     assert "\n" not in str(told.value)
     reward.use_reference({name: {"mean": 0.0, "std": 1.0} for name in reward.members})
     assert not reward.needs_reference
+    with pytest.raises(RewardError, match="no score of the base model's images by member blue"):
+        committee().use_reference({name: {"mean": 0.0, "std": 1.0} for name in ("red", "green")})
     with pytest.raises(RewardError, match="member 'red' do not differ"):
         committee().use_reference({name: {"mean": 0.0, "std": 0.0} for name in reward.members})
     assert not committee(standardise="none").needs_reference
@@ -104,7 +106,7 @@ def test_a_runs_file_serves_outside_of_it(make_batch, tmp_path):
     path.write_text(json.dumps({"rewards": {"other": {"red": {}}, "mine": statistics}}))
     found = checked_score(committee(reference=str(path)), batch)
     assert torch.equal(found.scores, checked_score(fitted(base), batch).scores)
-    path.write_text(json.dumps({"rewards": {"other": {"red": {}}}}))
+    path.write_text(json.dumps({"rewards": {"other": dict.fromkeys(statistics, {})}}))
     with pytest.raises(RewardError, match="has no reward with the members red, green, blue"):
         committee(reference=str(path))
     with pytest.raises(RewardError, match="is not the uncertainty.json of a run"):
