@@ -99,5 +99,5 @@ def measure(
         table[:, index] = values
     found: dict[str, float] = {}
     for name, values in zip(("spread", "vendi"), table, strict=True):
-        found |= {f"diversity/{name}": float(values.mean()), f"diversity/{name}_ci95": half_width(values)}
+        found |= {f"diversity/{name}": float(values.nanmean()), f"diversity/{name}_ci95": half_width(values)}
     return found

@@ -93,6 +93,8 @@ def run_fit(
     if not norm > 0:
         raise UserError(f"--norm: must be positive, got {norm:g}")
     reward, device = _chosen(config, name), best_device()
+    if reward.omega == 0.5:
+        raise UserError("omega: at 0.5 a direction and its opposite cancel, so there is none to find; 1.5 was best")
     base = reward.base
     base.setup(device, torch.float32)
     rows = [prompt for prompt in load_prompts(config.prompts.train)[:prompts] for _ in range(images)]

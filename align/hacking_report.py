@@ -124,7 +124,7 @@ def find(run: RunFolder, config: Mapping[str, Any]) -> Finding | None:
 
 def metrics_of(run_dir: Path, values: Mapping[str, float]) -> dict[str, float]:
     """`hacking/optimised` and `hacking/held_out` of the evaluation row `values`; neither without a base to compare with."""
-    run = read_run(run_dir)
+    run = read_run(run_dir, only="eval")
     evaluations, units = points(run), base_std(run)
     if not evaluations:
         return {}
@@ -143,7 +143,7 @@ def _known(evaluations: Sequence[Point], units: Mapping[str, float]) -> dict[str
 
 def warning_of(run_dir: Path) -> str | None:
     """One line for the console if the run's evaluations so far say that its reward is hacked."""
-    run = read_run(run_dir)
+    run = read_run(run_dir, only="eval")
     config = parse_config(run.config)
     found = find(run, config)
     if found is None or found.parting is None:
@@ -154,7 +154,7 @@ def warning_of(run_dir: Path) -> str | None:
     return (
         f"the reward is being hacked: in std of the base's scores, what is trained ({_and(found.optimised.names)}) is up by "
         f"{found.optimised.changes[now]:.2f}, what is only watched ({_and(found.held_out.names)}) down by {fall:.2f} from "
-        f"its best, {source}; `align report {run_dir}` shows it"
+        f"its best, {source}; `{shlex.join(['align', 'report', str(run_dir)])}` shows it"
         + ("" if _mapping(config.get("early_stop")).get("reward") else ", and early_stop.reward ends such a run")
     )
 

@@ -318,6 +318,24 @@ def test_the_reference_is_the_controlnet_of_the_start(begin):
     assert not torch.equal(picture(made), moved)
 
 
+def test_a_trained_controlnet_takes_the_place_of_the_start_and_has_no_strength(begin, tmp_path):
+    run = begin("controlnet")
+    folder = export_adapter(run.model, tmp_path / "controlnet")
+    text, conditions = [run.train_prompts[0].text], load_conditions(run.train_prompts[:1], 16)
+    made = load_model(run.config.model)
+    before = sample_images(made, text, [0], 3, 1.0, 7, conditions)
+    made.load_adapter(folder)
+    after = sample_images(made, text, [0], 3, 1.0, 7, conditions)
+    assert torch.equal(after, sample_images(run.model, text, [0], 3, 1.0, 7, conditions))
+    with made.reference():
+        assert torch.equal(sample_images(made, text, [0], 3, 1.0, 7, conditions), before)
+    for wrong in (lambda: made.load_adapter(folder), lambda: made.use_adapters({"tuned": 0.5})):
+        with pytest.raises(UserError, match="a ControlNet has no strength and cannot be added to another"):
+            wrong()
+    with pytest.raises(UserError, match="^a ControlNet follows condition images, which a prompt alone does not have"):
+        sample_images(made, text, [0], 3, 1.0, 7)
+
+
 def test_the_diffusion_loss_falls(begin):
     run = begin("controlnet", "optim.lr=3e-3", "train.iterations=12", "optim.ema_decay=0")
     losses = []

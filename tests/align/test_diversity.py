@@ -72,6 +72,22 @@ def test_a_model_that_knows_one_image_has_no_diversity(model, embedder):
     assert found["diversity/vendi"] == pytest.approx(1, abs=1e-3)
 
 
+def test_a_broken_image_leaves_its_prompt_out(model, embedder):
+    class Broken:
+        """Of the first prompt's first image there is no embedding."""
+
+        max_batch = embedder.max_batch
+
+        def embed_images(self, images):
+            found = embedder.embed_images(images).clone()
+            found[0] = math.nan
+            return found
+
+    whole, broken = measured(model, embedder), measured(model, Broken())
+    assert math.isfinite(broken["diversity/vendi"])
+    assert broken["diversity/spread"] != pytest.approx(whole["diversity/spread"], abs=1e-6)
+
+
 def test_it_is_off_by_default_and_mistakes_are_told_at_start():
     assert build_embedder(parse_config({"rewards": REWARDS}).eval.diversity, torch.device("cpu")) is None
     wrong = {"prompts": 4, "images": 1, "embedder": {"type": "klip"}}

@@ -350,7 +350,16 @@ def test_the_warning_of_a_run_comes_when_the_rewards_have_parted_and_not_before(
         line = warning_of(hacked)
         assert (line is not None) == warned, end
     assert "its best, at iteration 30" in line
+    assert f"`align report {hacked}`" in line
+    line = warning_of(hacked.rename(hacked.with_name("my run")))
+    assert f"`align report '{hacked.with_name('my run')}'`" in line
     assert "early_stop.reward" in line
+
+
+def test_a_run_that_goes_on_reads_its_evaluations_only(hacked: Path):
+    whole, part = read_run(hacked), read_run(hacked, only="eval")
+    assert (part.evals, part.train) == (whole.evals, [])
+    assert points(part) == points(whole)
 
 
 def test_the_metrics_are_the_curve_of_the_report(hacked: Path):

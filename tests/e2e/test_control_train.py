@@ -51,12 +51,6 @@ def test_the_playground_run_by_the_command(tmp_path):
     found = json.loads((tmp_path / "again" / "summary.json").read_text())
     for column in ("base", "tuned"):
         assert found[column] == pytest.approx(summary[column], abs=1e-6)
-    for refused, words in (
-        (cli("sample", str(folder), "a red circle"), "a ControlNet follows condition images"),
-        (cli("grid", str(folder), "--scales", "0.5", "--n", "1"), "a ControlNet has no strength"),
-    ):
-        assert refused.returncode == 1
-        assert words in " ".join(refused.stdout.split())
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:

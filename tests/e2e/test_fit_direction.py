@@ -79,3 +79,9 @@ def test_the_same_images_give_the_same_direction_and_a_long_search_forgets_the_p
 def test_mistakes_are_told_before_anything_is_sampled(config, name, words):
     with pytest.raises(UserError, match=words):
         run_fit(load_config(config), name, 2, 2, 0.3, 5, Console(quiet=True))
+
+
+def test_half_way_between_there_is_no_direction_to_find(config):
+    settings = load_config(config, ["rewards.guided.args.omega=0.5"])
+    with pytest.raises(UserError, match="omega: at 0.5"):
+        run_fit(settings, None, 2, 2, 0.3, 5, Console(quiet=True))

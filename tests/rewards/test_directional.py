@@ -152,6 +152,9 @@ def test_mistakes_are_one_line(base_config, file, tmp_path: Path):
         with pytest.raises(RewardError, match=r"cannot be read .*align fit-direction") as error:
             guided(base_config, path)
         assert "\n" not in str(error.value)
+    save_direction(tmp_path / "nan.safetensors", torch.full((16,), math.nan), ready(base_config), {})
+    with pytest.raises(RewardError, match="is broken: make it with"):
+        guided(base_config, tmp_path / "nan.safetensors")
     for base, words in (({"type": "jpeg"}, "'jpeg' is not of CLIP type"), ({"kind": "clip"}, "base must be a reward")):
         with pytest.raises(RewardError, match=words):
             guided(base, file)
