@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,8 +64,7 @@ def fit_artifact(
     shorter = sorted(min(picture.pixels.shape[-2:]) for picture in pictures)
     side, device = shorter[len(shorter) // 2], best_device()
     network = None if backbone is None else load_backbone(backbone, torch.float32).to(device)
-    units: dict[str, int] = {}
-    numbers = [units.setdefault(picture.path.stem, len(units)) for picture in pictures]
+    numbers = units_of(pictures)
     labels = torch.arange(len(pictures)) < len(kinds["clean"])
     found = torch.cat(
         [
@@ -79,6 +80,23 @@ def fit_artifact(
     held = deal(labels.tolist(), numbers, FOLDS, seed) == 0
     wrong = (held & ((odds > 0) != labels)).nonzero().flatten().tolist()
     return head, _wrong_sheet([pictures[i] for i in wrong], labels[wrong].tolist(), odds[wrong], out)
+
+
+def units_of(pictures: Sequence[Picture]) -> list[int]:
+    """A number for each picture, one and the same for those that share a file name or all pixels."""
+    first: dict[object, int] = {}
+    leads = list(range(len(pictures)))
+
+    def number(i: int) -> int:
+        while leads[i] != i:
+            i = leads[i]
+        return i
+
+    for i, picture in enumerate(pictures):
+        pixels = picture.pixels.contiguous()
+        for key in (picture.path.stem, (pixels.shape, sha256(pixels.numpy().tobytes()).digest())):
+            leads[number(i)] = number(first.setdefault(key, i))
+    return [number(i) for i in range(len(pictures))]
 
 
 def _pictures(folder: str, kind: str) -> list[Picture]:

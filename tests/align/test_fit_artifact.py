@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from align.cli import app
 from align.errors import UserError
-from align.fit_artifact import fit_artifact, telling_formats
+from align.fit_artifact import fit_artifact, telling_formats, units_of
 from align.grids import as_image, save_png
 from align.playground.artifacts import clean_images, corrupted
 from align.runfolder import metric_rows
@@ -50,6 +50,19 @@ def test_the_command_fits_measures_and_says_how_to_use_it(folders, tmp_path):
     images = torch.cat([clean_images(15, seed=7), corrupted(clean_images(15, seed=7), seed=7)])
     measured = quality(reward.log_odds(images).double(), (torch.arange(30) < 15).double())
     assert measured["auc"] > 0.75
+
+
+def test_pictures_of_one_name_or_the_same_pixels_are_one_unit_of_the_split(tmp_path):
+    """A copy on the other side of the split would be measured as known; here a chain of both kinds."""
+    first, second, other = (as_image(torch.rand(3, 40, 48)) for _ in range(3))
+    names = {"clean/a.png": first, "clean/b.png": other, "artifact/a.png": second, "artifact/copy of a.png": second}
+    for name, image in names.items():
+        save_png(image, tmp_path / name)
+    pictures = [
+        p for kind in ("clean", "artifact") for p in read_pictures(str(tmp_path / kind), None, None, needed=False)
+    ]
+    found = {f"{p.path.parent.name}/{p.path.name}": unit for p, unit in zip(pictures, units_of(pictures), strict=True)}
+    assert found["clean/a.png"] == found["artifact/a.png"] == found["artifact/copy of a.png"] != found["clean/b.png"]
 
 
 def test_the_same_seed_gives_the_same_detector(folders, tmp_path):
