@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradScalerKwargs, gather_object
+from accelerate.utils import DistributedType, GradScalerKwargs, InitProcessGroupKwargs, gather_object
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
@@ -407,12 +408,17 @@ def environment(accelerator: Accelerator | None = None) -> dict[str, Any]:
 
 def _accelerator(config: Config) -> Accelerator:
     mixed = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.model.precision]
+    # one process may wait for a reward that the others have done with
+    patience = timedelta(seconds=max(1800.0, 2 * config.train.scoring_timeout))
     try:
         accelerator = Accelerator(
             mixed_precision=mixed,
             log_with=config.trackers or None,
             project_dir=config.run_dir,
-            kwargs_handlers=[GradScalerKwargs(init_scale=1024.0)] if mixed == "fp16" else [],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=patience),
+                *([GradScalerKwargs(init_scale=1024.0)] if mixed == "fp16" else []),
+            ],
         )
     except ValueError as problem:
         raise UserError(f"model.precision or trackers: {str(problem).splitlines()[0]}") from problem
