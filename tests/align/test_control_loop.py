@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from align.checkpoint import export_adapter
-from align.config import load_config
+from align.config import CONFIG_DIR, load_config
 from align.control_data import load_conditions, load_examples
 from align.control_loop import _gradients, draw, run_iteration
 from align.errors import UserError
@@ -256,6 +256,24 @@ def parameters_at(folder: Path, iteration: int) -> dict[str, Tensor]:
 
     state = load_file(folder / "checkpoints" / f"iteration-{iteration:06d}" / "state.safetensors")
     return {k: v for k, v in state.items() if not k.startswith("rng")}
+
+
+def test_shared_noise_leaves_little_to_disagree_on(tmp_path, on_cpu):
+    """On the playground: with noise of their own two predictions disagree over a hundred times more, and more where D errs."""
+    config = load_config(
+        CONFIG_DIR / "playground" / "ctrl_u.yaml",
+        [f"output_dir={tmp_path}", "prompts.train=playground:train_scenes:24", "prompts.eval=playground:heldout_scenes:1",
+         "train.prompts_per_iteration=24", "train.micro_batch=16", "trackers=[]", "model.precision=fp32"],
+    )  # fmt: skip
+    run = start(config, Console(quiet=True))
+    found = {}
+    for shared in (True, False):
+        config.consistency.ctrlu.share_noise = shared
+        run.counters.iteration = 0
+        found[shared] = run_iteration(run, quiet)
+    assert found[False]["train/disagreement"] > 100 * found[True]["train/disagreement"]
+    assert found[True]["train/trust"] > 0.9999
+    assert found[False]["train/disagreement_corr"] > 0.2
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(configure, train_here):
