@@ -26,6 +26,7 @@ from align.evaluate import evaluate
 from align.inference import load_target, ready_reward
 from align.prompts import load_prompts
 from align.runfolder import metric_rows
+from align.tracking import write_json
 from rewards.registry import RewardConfig
 from rewards.uncertainty import aggregate
 from rewards.uncertainty import spread as member_spread
@@ -129,10 +130,10 @@ def add(method: str, seed: int, folder: Path) -> None:
 
 
 def members(methods: list[str], seeds: list[int], scratch: Path) -> None:
-    """Append what the members are worth, on images of the base and, once there is one, of a policy that hacked one."""
+    """What the members are worth, on images of the base and, once there is one, of a policy that hacked one."""
     units: dict[str, tuple[Tensor, Tensor]] = {}
     rows: Rows = []
-    for split, folder in ((BASE, None), (HACKED, scratch / "gradient_single-0")):
+    for split, folder in ((BASE, None), (HACKED, scratch / "single-0")):
         if folder is not None and not (folder / "adapter").is_dir():
             continue
         scores = _scores(folder)
@@ -158,7 +159,9 @@ def members(methods: list[str], seeds: list[int], scratch: Path) -> None:
             _row("mean", split, "doubt", doubt.mean(dim=1)),
             _row("mean", split, "gold", gold.mean(dim=1)),
         ]
-    curves.append(RESULTS, rows, empty)
+    found = load()
+    found["rows"] = [r for r in found["rows"] if r["kind"] != "member"] + rows
+    write_json(RESULTS, found)
 
 
 def _scores(folder: Path | None) -> dict[str, Tensor]:
