@@ -37,8 +37,8 @@ COLOURS = {
     "ctrl_u_shared": "#8250df",
 }
 METRICS = {
-    "layout": "layout: mean IoU by the exact reader",
-    "condition": "condition: mean IoU by D (trained)",
+    "layout": "layout: mIoU, exact reader",
+    "condition": "condition: mIoU, D (trained)",
     "verifier": "gold: graded verifier",
 }
 STATISTICS = (
