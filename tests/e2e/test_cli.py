@@ -112,6 +112,7 @@ def test_every_metric_that_is_written_is_in_the_documentation(run):
     assert {row["kind"] for row in rows} == {"train", "eval"}
     for key in {key for row in rows for key in row}:
         general = re.sub(r"\b(verifier|size)", "<name>" if key.startswith("reward/") else "<reward>", key)
+        general = re.sub(r"^reward/<name>/\w+", "reward/<name>/<component>", general)
         assert f"`{general}`" in page or f'`"{key}"' in page or f"`{key}" in page, key
 
 
