@@ -239,9 +239,14 @@ def model_table(rows: Rows) -> str:
         memory = "" if r["peak_mb"] is None else f"{r['peak_mb'] / 1024:.1f} GiB"
         lines.append(
             f"| `{r['method'].replace(' ', '` ')}{'' if ' ' in r['method'] else '`'} | {size} | {r['images']} | {r['pixels']} "
-            f"| {r['mean']:.3g} [{r['low']:.3g}, {r['high']:.3g}] | {share} | {memory} |"
+            f"| {figure(r['mean'])} [{figure(r['low'])}, {figure(r['high'])}] | {share} | {memory} |"
         )
     return "\n".join(lines)
+
+
+def figure(value: float) -> str:
+    """Three digits, all of them where there are more before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def overlap_table(rows: Rows) -> str:
