@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 # One torch thread per test process: two processes with two threads each are several times slower on two cores.
 test: lint
 	@echo "tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-test
 	@echo "lint"
