@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from align.real_images import real_latents
 from align.reward_loss import ImageGradient, image_gradient
 from align.run import Run
 from align.scoring import gather_scores
-from align.step import Interrupted, now, optimizer_step
+from align.step import Interrupted, optimizer_step, timed
 from align.targets import prompt_ids
 from rewards.base import RewardError
 from samplers.differentiable import Backward, Chain, Steps, backward_chain, joined, run_chain
@@ -59,7 +57,7 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
             extras.setdefault(key, torch.full((run.shape.samples,), float("nan")))[everyone] = values[everyone]
         if number == 0 and run.stop_requested():
             raise Interrupted
-        with _timed(run, sums, "time/train"):
+        with timed(run, sums, "time/train"):
             if _learnable(run, known_scores(run, tables)[everyone]):
                 norms.append(optimizer_step(run))
             else:
@@ -95,7 +93,7 @@ def _gradients(
         owners = [i // run.config.train.group_size for i in some]
         texts = [prompts[g] for g in owners]
         cond = run.model.conditioning([p.text for p in texts])
-        with _timed(run, sums, "time/sample"):
+        with timed(run, sums, "time/sample"):
             try:
                 chain, plan = _chains(run, some, owners, texts, cond)
             except (
@@ -103,7 +101,7 @@ def _gradients(
             ) as problem:  # a real image cannot be read; as with rewards, all processes must stop together
                 return RewardError(str(problem))
         copies = len(plan) // len(some)  # each image, and what DRaFT-LV draws of it
-        with _timed(run, sums, "time/score"):
+        with timed(run, sums, "time/score"):
             try:
                 image = image_gradient(
                     run.model,
@@ -119,7 +117,7 @@ def _gradients(
                 )
             except RewardError as problem:
                 return problem
-        with _timed(run, sums, "time/train"):
+        with timed(run, sums, "time/train"):
             back = _through_the_chains(run, chain, plan, cond.take(list(range(len(some))) * copies), image)
         held = run.config.sampler.guidance_scale != 1 and run.config.backprop.guidance_gradient != "both"
         if held and run.main and sums["samples"] == 0:
@@ -266,10 +264,3 @@ def _unconditional_drift(run: Run, chain: Chain, plan: GradientPlan, sums: Sums)
     tuned, base = velocity(*inputs), _without_adapter(model, velocity)(*inputs)
     sums["nfe"] += 2 * len(x)
     sums["drift"] = float((tuned - base).square().mean() / base.square().mean())
-
-
-@contextlib.contextmanager
-def _timed(run: Run, sums: Sums, stage: str) -> Iterator[None]:
-    started = now(run)
-    yield
-    sums[stage] += now(run) - started

@@ -7,9 +7,7 @@ the ControlNet beside the usual diffusion loss.
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +33,7 @@ from align.models.controlnet import CONTROL, ControlNetSDModel
 from align.prompts import Prompt
 from align.run import Run
 from align.scoring import gather_scores
-from align.step import Interrupted, now, optimizer_step
+from align.step import Interrupted, optimizer_step, timed
 from align.targets import prompt_ids
 from rewards.base import RewardError
 from samplers.noise import keyed_generator, keyed_normal
@@ -59,7 +57,7 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
     for number, mine in enumerate(shares[run.accelerator.process_index]):
         everyone = [i for share in shares for i in share[number]]
         run.optimizer.zero_grad(set_to_none=True)
-        with _timed(run, sums, "time/train"):
+        with timed(run, sums, "time/train"):
             found = _gradients(run, mine, everyone, prompts, sums, report)
         # one message, in which all processes also learn of an image that one of them could not read
         scores = gather_scores(run.accelerator, found, list(PER_SAMPLE), mine, run.shape.samples, required=False)
@@ -67,7 +65,7 @@ def run_iteration(run: Run, report: Report) -> dict[str, float]:
             tables[name][everyone] = scores.values[name][everyone]
         if number == 0 and run.stop_requested():
             raise Interrupted
-        with _timed(run, sums, "time/train"):
+        with timed(run, sums, "time/train"):
             norms.append(optimizer_step(run))
     run.counters.iteration += 1
     return iteration_metrics(run, tables, sums, norms)
@@ -205,10 +203,3 @@ def _judged(run: Run, latents: Tensor, examples: Examples, chosen: Tensor, sums:
         with torch.no_grad():
             target = network.outputs(examples.images.to(model.device)[chosen])
     return consistency(network.outputs(images), target, network.kind, settings.ctrlu)
-
-
-@contextlib.contextmanager
-def _timed(run: Run, sums: Sums, stage: str) -> Iterator[None]:
-    started = now(run)
-    yield
-    sums[stage] += now(run) - started

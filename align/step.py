@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator, MutableMapping
 
 import torch
 
@@ -54,3 +56,11 @@ def optimizer_step(run: Run) -> float:
     if run.average is not None and counters.updates % run.config.optim.ema_every == 0:
         run.average.update()
     return norm
+
+
+@contextlib.contextmanager
+def timed(run: Run, sums: MutableMapping[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds that pass inside to `sums[stage]`."""
+    started = now(run)
+    yield
+    sums[stage] += now(run) - started

@@ -37,43 +37,28 @@ FIGURE = ROOT / "docs" / "assets" / "overoptimisation.png"
 MEMBERS = (1, 2, 3, 4, 5)
 COEFFICIENT = 0.5
 """Of the variance in uwo, with members in the base model's units."""
-WCO, UWO = (
-    ["rewards.committee.args.objective=wco"],
-    ["rewards.committee.args.objective=uwo", f"rewards.committee.args.coefficient={COEFFICIENT}"],
-)
-POLICY, COMMITTEE = "configs/playground/one_proxy.yaml", "configs/playground/ensemble.yaml"
-GRADIENT = "configs/playground/drtune.yaml"
-TOGETHER = ["preset=[drtune,playground/backprop,playground/committee]"]
-SCALED = "rewards.proxy.weight=6"
-"""Brings one proxy to about the committee's unit, the std of the base (.16 to .19), which the pull is weighed against."""
-LENGTH = ["train.iterations=60", "eval.every=6"]
-# name -> configuration and overrides; by policy gradient, and by the gradient of the reward (drtune)
+COMMITTEE = "configs/playground/ensemble.yaml"
+PULL = "objective.ref_coef"
+"""What pulls to the base: at 1e-9 the distance is measured but not felt."""
+# name -> configuration and overrides
 ARMS: dict[str, tuple[str, list[str]]] = {
-    "single": (POLICY, []),
+    "single": ("configs/playground/one_proxy.yaml", []),
     "mean": (COMMITTEE, ["uncertainty.mode=off"]),
-    "wco": (COMMITTEE, ["uncertainty.mode=off", *WCO]),
-    "uwo": (COMMITTEE, ["uncertainty.mode=off", *UWO]),
+    "wco": (COMMITTEE, ["uncertainty.mode=off", "rewards.committee.args.objective=wco"]),
+    "uwo": (
+        COMMITTEE,
+        [
+            "uncertainty.mode=off",
+            "rewards.committee.args.objective=uwo",
+            f"rewards.committee.args.coefficient={COEFFICIENT}",
+        ],
+    ),
     "weight": (COMMITTEE, []),
-    "gradient_single": (GRADIENT, [*LENGTH, SCALED]),
-    "gradient_mean": (GRADIENT, [*TOGETHER, *LENGTH]),
-    "gradient_wco": (GRADIENT, [*TOGETHER, *LENGTH, *WCO]),
-    "gradient_uwo": (GRADIENT, [*TOGETHER, *LENGTH, *UWO]),
-    "gradient_weight": (GRADIENT, [*TOGETHER, *LENGTH, "uncertainty.mode=weight"]),
 }
-PULL = {"gradient": ("backprop.velocity_penalty", "1e-9", "0.01"), "": ("objective.ref_coef", "1e-9", "0.03")}
-"""Family -> what pulls to the base, at a strength that only measures the distance, and at one that is felt."""
-
-
-def _arms(strength: int) -> dict[str, tuple[str, list[str]]]:
-    suffix = "_kl" if strength == 2 else ""
-    found = {}
-    for name, (config, overrides) in ARMS.items():
-        pull = PULL["gradient" if name.startswith("gradient") else ""]
-        found[name + suffix] = (config, [*overrides, f"{pull[0]}={pull[strength]}"])
-    return found
-
-
-METHODS = _arms(1) | _arms(2)
+METHODS: dict[str, tuple[str, list[str]]] = {
+    **{name: (config, [*overrides, f"{PULL}=1e-9"]) for name, (config, overrides) in ARMS.items()},
+    **{f"{name}_kl": (config, [*overrides, f"{PULL}=0.03"]) for name, (config, overrides) in ARMS.items()},
+}
 COLOURS = {"single": "#57606a", "mean": "#1f6feb", "wco": "#d1611f", "uwo": "#1a7f37", "weight": "#8250df"}
 GROUPS, SIZE = 64, 12
 BASE, HACKED = "base", "one proxy, trained too long"

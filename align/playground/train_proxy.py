@@ -46,9 +46,6 @@ class ProxyRecipe:
     """Pixels; divides 64."""
     shuffled: float = 0.1
     """Part of the scenes whose captions are another scene's."""
-    clean_steps: int = 0
-    """Steps before those captions count. With a quarter of them wrong from the start a network learns colours only; one that
-    was trained well before is what noisy labels find in practice."""
     steps: int = 1000
     batch: int = 128
     lr: float = 2e-3
@@ -94,13 +91,10 @@ def build_clip(patch_size: int) -> Any:
 
 @dataclass
 class PairData:
-    """Images uint8 (N, 64, 64, 3) and the token ids int64 (N, 3, 16) of captions."""
+    """Images uint8 (N, 64, 64, 3) and the token ids int64 (N, 3, 16) of their captions."""
 
     images: np.ndarray
-    right: Tensor
-    """Of each scene itself."""
     ids: Tensor
-    """Those that are trained on, some of them another scene's."""
 
 
 def make_data(recipe: ProxyRecipe, progress: bool = True) -> PairData:
@@ -119,11 +113,10 @@ def make_data(recipe: ProxyRecipe, progress: bool = True) -> PairData:
         images[place] = render(scene)
         texts += [caption(scene, scene_rng) for _ in range(CAPTIONS_PER_SCENE)]
     tokens = build_tokenizer()(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    right = tokens.input_ids.view(len(rows), CAPTIONS_PER_SCENE, MAX_TOKENS)
-    ids = right.clone()
+    ids = tokens.input_ids.view(len(rows), CAPTIONS_PER_SCENE, MAX_TOKENS)
     wrong = torch.from_numpy(rng.permutation(len(rows))[: int(len(rows) * recipe.shuffled)])
     ids[wrong] = ids[wrong.roll(1)]
-    return PairData(images, right, ids)
+    return PairData(images, ids)
 
 
 def batches(data: PairData, recipe: ProxyRecipe) -> Iterator[tuple[Tensor, Tensor]]:
@@ -131,8 +124,7 @@ def batches(data: PairData, recipe: ProxyRecipe) -> Iterator[tuple[Tensor, Tenso
     for step in range(recipe.steps):
         rows = epoch_rows(recipe.seed, step, recipe.batch, len(data.images))
         which = np.random.default_rng([recipe.seed, 92, step]).integers(CAPTIONS_PER_SCENE, size=len(rows))
-        captions = data.right if step < recipe.clean_steps else data.ids
-        yield to_tensor(data.images[rows]), captions[torch.from_numpy(rows), torch.from_numpy(which)]
+        yield to_tensor(data.images[rows]), data.ids[torch.from_numpy(rows), torch.from_numpy(which)]
 
 
 def clip_loss(model: Any, images: Tensor, ids: Tensor) -> Tensor:
@@ -198,7 +190,6 @@ def main() -> None:
         ("share", float, "part of the pool of scenes that this member sees"),
         ("patch_size", int, "of the vision transformer, in pixels"),
         ("shuffled", float, "part of the scenes with another's captions"),
-        ("clean_steps", int, "before those captions count"),
         ("steps", int, "of training"),
     )
     for name, kind, text in options:

@@ -29,6 +29,18 @@ def make_batch() -> Callable[..., RewardBatch]:
     return make
 
 
+@pytest.fixture
+def smooth_images() -> Callable[..., torch.Tensor]:
+    """Makes (3, 3, height, width) of the 256 levels of a file: smooth, so that resizing does not only filter noise."""
+
+    def make(height: int, width: int, grid: tuple[int, int] = (6, 5)) -> torch.Tensor:
+        noise = torch.rand(3, 3, *grid, generator=torch.Generator().manual_seed(5))
+        smooth = torch.nn.functional.interpolate(noise, size=(height, width), mode="bilinear").clamp(0, 1)
+        return smooth.mul(255).round().div(255)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
     """A tokenizer of one token per word: building a network with CLIP's own 49,408 entries takes most of a test."""

@@ -41,11 +41,8 @@ def hps(published, clip_config) -> HPSv2:
 
 
 @pytest.fixture
-def images() -> torch.Tensor:
-    """(3, 3, 48, 80) of the 256 levels of a file: smooth, so that resizing does not only filter noise."""
-    noise = torch.rand(3, 3, 6, 10, generator=torch.Generator().manual_seed(5))
-    smooth = torch.nn.functional.interpolate(noise, size=(48, 80), mode="bilinear").clamp(0, 1)
-    return smooth.mul(255).round().div(255)
+def images(smooth_images) -> torch.Tensor:
+    return smooth_images(48, 80, (6, 10))
 
 
 def test_score_is_the_cosine_of_padded_pil_images_without_logit_scale(hps, published, images, make_batch):

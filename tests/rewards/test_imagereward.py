@@ -145,11 +145,8 @@ def imagereward(published) -> ImageReward:
 
 
 @pytest.fixture
-def images() -> Tensor:
-    """(3, 3, 24, 20) of the 256 levels of a file: smooth, so that resizing does not only filter noise."""
-    noise = torch.rand(3, 3, 6, 5, generator=torch.Generator().manual_seed(5))
-    smooth = F.interpolate(noise, size=(24, 20), mode="bilinear").clamp(0, 1)
-    return smooth.mul(255).round().div(255)
+def images(smooth_images) -> Tensor:
+    return smooth_images(24, 20)
 
 
 def ids_and_mask(prompts: list[str]) -> tuple[Tensor, Tensor]:

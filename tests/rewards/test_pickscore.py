@@ -59,11 +59,8 @@ def pickscore(folders) -> PickScore:
 
 
 @pytest.fixture
-def images() -> torch.Tensor:
-    """(3, 3, 48, 40) of the 256 levels of a file: smooth, so that resizing does not only filter noise."""
-    noise = torch.rand(3, 3, 6, 5, generator=torch.Generator().manual_seed(5))
-    smooth = torch.nn.functional.interpolate(noise, size=(48, 40), mode="bilinear").clamp(0, 1)
-    return smooth.mul(255).round().div(255)
+def images(smooth_images) -> torch.Tensor:
+    return smooth_images(48, 40)
 
 
 def test_score_is_the_logit_of_the_published_code_path_on_pil_images(pickscore, folders, images, make_batch):
