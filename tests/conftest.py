@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import runpy
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,25 @@ def train_here(on_cpu) -> Callable[..., dict[str, Any] | None]:
 
     def run(path: Path, *overrides: str) -> dict[str, Any] | None:
         return train(load_config(path, overrides), Console(quiet=True))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[[Path], None]:
+    """launch(config file): the published command in a process of its own, as the run `done` beside the file."""
+
+    def run(config: Path) -> None:
+        command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
+        done = subprocess.run(
+            [*command, "-m", "align.train", str(config), "name=done"],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     return run
 

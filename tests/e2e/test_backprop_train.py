@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +57,7 @@ def reward(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, write_config) -> Path:
+def finished(tmp_path_factory, write_config, launch) -> Path:
     """Folder of a run on the playground made by `accelerate launch`: AlignProp, two updates an iteration."""
     changes = {
         "model": {"path": "playground", "max_sequence_length": 256, "gradient_checkpointing": False},
@@ -74,16 +71,7 @@ def finished(tmp_path_factory, write_config) -> Path:
     }
     folder = tmp_path_factory.mktemp("command")
     config = write_config(folder, "alignprop", changes)
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
-    done = subprocess.run(
-        [*launch, "-m", "align.train", str(config), "name=done"],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch(config)
     return folder / "done"
 
 

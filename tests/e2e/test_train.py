@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +31,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, write_config, sd35) -> Path:
+def finished(tmp_path_factory, write_config, launch, sd35) -> Path:
     """Folder of a run made by `accelerate launch`, with guidance."""
     folder = tmp_path_factory.mktemp("command")
     changes = {
@@ -46,16 +43,7 @@ def finished(tmp_path_factory, write_config, sd35) -> Path:
     }
     config = write_config(folder, "flow_grpo", changes)
     before = digests(sd35)
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
-    done = subprocess.run(
-        [*launch, "-m", "align.train", str(config), "name=done"],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch(config)
     assert digests(sd35) == before
     return folder / "done"
 
