@@ -267,11 +267,10 @@ def _uncertainty_errors(config: Config) -> list[str]:
                 "uncertainty.per_step: weighs steps against each other, and only 1 is stochastic; use 2 or more"
             )
     if settings.mode == "gate_kl":
-        penalty = {"clipped_ratio": "kl_beta", "forward_process": "ref_coef"}.get(kind)
-        if penalty is None:
+        if objective.penalty is None:
             errors.append(f"uncertainty.mode: objective.type {kind} has no penalty by sample for gate_kl to act on")
-        elif getattr(objective, penalty) == 0:
-            errors.append(f"uncertainty.mode: gate_kl chooses who feels objective.{penalty}, which is 0")
+        elif getattr(objective, objective.penalty) == 0:
+            errors.append(f"uncertainty.mode: gate_kl chooses who feels objective.{objective.penalty}, which is 0")
     return errors
 
 

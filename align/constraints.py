@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,14 @@ def advanced(follower: Follower, mean: float, value: float, unit: float, config:
     return {"eta": eta, "velocity": velocity, "mean": running}
 
 
+def penalty_share(multipliers: Mapping[str, float]) -> float:
+    """(N - sum) / N of the N multipliers: what is left of the penalty towards the base (arXiv 2310.04373); 1 without any.
+
+    The further all rewards are from their values the less it counts; it is full, or more, where they are reached.
+    """
+    return 1 - sum(multipliers.values()) / max(1, len(multipliers))
+
+
 def follow(run: Run, scores: Scores, metrics: dict[str, float]) -> dict[str, float]:
     """Multipliers of this iteration by reward, none without constraints; moves them on for the next and stores them.
 
@@ -74,6 +83,9 @@ def follow(run: Run, scores: Scores, metrics: dict[str, float]) -> dict[str, flo
         metrics[f"constraint/{name}"] = used[name]
         if "mean" in after[name]:
             metrics[f"constraint/{name}_gap"] = after[name]["mean"] - value
+    objective = run.config.objective
+    if objective.penalty is not None and getattr(objective, objective.penalty) > 0:
+        metrics["constraint/penalty"] = penalty_share(used)
     if run.main:
         write_json(path, stored | {str(iteration + 1): after})
     return used

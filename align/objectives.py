@@ -89,6 +89,11 @@ class ObjectiveConfig:
     old_decay_max: float = 0.5
     """forward_process: largest decay of the old policy, [0, 1); 0 copies the weights every iteration (2509.16117)."""
 
+    @property
+    def penalty(self) -> str | None:
+        """The field that weighs the penalty towards the base, of the objectives that have one by sample."""
+        return {"clipped_ratio": "kl_beta", "forward_process": "ref_coef"}.get(self.type)
+
     def validate(self, num_steps: int | None = None) -> list[str]:
         """Return one line per error; empty when the settings are usable.
 
@@ -206,7 +211,7 @@ def forward_process_loss(
     advantages: Tensor,
     config: ObjectiveConfig,
     v_ref: Tensor | None = None,
-    gated: Tensor | None = None,
+    pull: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """adv_max (r l+ + (1 - r) l-) / beta + ref_coef mean((v_theta - v_ref)^2) (DiffusionNFT, arXiv 2509.16117).
 
@@ -222,7 +227,7 @@ def forward_process_loss(
         t: (B,) times in (0, 1].
         advantages: (B,) group advantages.
         config: uses beta, adv_max, loss_space, ref_coef.
-        gated: (B,) bool, the samples with the term of v_ref; None: all (`uncertainty.mode: gate_kl`).
+        pull: (B,) factors of the term of v_ref (`uncertainty.mode: gate_kl`, `combine.constraints`); None: 1.
 
     Returns:
         loss (B,), and detached (B,) diagnostics: `probability` r, `loss_plus`, `loss_minus`, `displacement`
@@ -261,7 +266,7 @@ def forward_process_loss(
         ref_mse = _mean((v_theta - v_ref).square())
         diagnostics["ref_mse"] = ref_mse
         diagnostics["norm_ratio"] = (_mean(v_theta.detach().square()) / _mean(v_ref.square())).sqrt()
-        loss = loss + config.ref_coef * (ref_mse if gated is None else torch.where(gated, ref_mse, 0.0))
+        loss = loss + config.ref_coef * (ref_mse if pull is None else pull * ref_mse)
     return loss, {name: value.detach() for name, value in diagnostics.items()}
 
 

@@ -100,7 +100,7 @@ def _update(run: Run, batch: Batch, found: Targets, sizes: list[int], report: Re
     forward_process = config.objective.type == "forward_process"
     times = training_times(run, batch) if forward_process else torch.zeros(0)
     advantages, everywhere = found.advantages[batch.samples], run.totals(sizes)
-    gated, factors = (None if x is None else x[batch.samples] for x in (found.gated, found.steps))
+    pull, factors = (None if x is None else x[batch.samples] for x in (found.pull, found.steps))
     trajectories = (
         PairedTrajectories(run, batch, found.rewards) if config.objective.type == "reward_difference" else None
     )
@@ -126,11 +126,11 @@ def _update(run: Run, batch: Batch, found: Targets, sizes: list[int], report: Re
             picked = width if columns is None else columns
             for pairs in micro_batches(rows, picked, run.shape.micro_batch):
                 if forward_process:
-                    loss, info, forwards = forward_process_pairs(run, batch, pairs, advantages, times, lagging, gated)
+                    loss, info, forwards = forward_process_pairs(run, batch, pairs, advantages, times, lagging, pull)
                 elif weights is not None:
                     loss, info, forwards = weighted_pairs(run, batch, pairs, weights)
                 else:
-                    loss, info, forwards = clipped_ratio_pairs(run, batch, pairs, advantages, lagging, gated, factors)
+                    loss, info, forwards = clipped_ratio_pairs(run, batch, pairs, advantages, lagging, pull, factors)
                 run.accelerator.backward(loss.sum() * run.shape.processes / total)
                 _add_up(sums, loss, info, pairs)
                 sums["nfe"] += len(pairs.rows) * (forwards + 2 + config.model.gradient_checkpointing) * guided

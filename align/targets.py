@@ -13,7 +13,7 @@ from align import credit
 from align.advantages import group_advantages, group_moments
 from align.combination import any_valid, base_units, combined_advantages, standardised
 from align.confidence import doubts, ensemble_spread
-from align.constraints import follow
+from align.constraints import follow, penalty_share
 from align.credit_stats import value_stats, zero_spread
 from align.errors import UserError
 from align.history import history_advantages, remember
@@ -37,8 +37,8 @@ class Targets:
     """(N,) bool, the samples to train."""
     rewards: Tensor
     """(N,) float32 weighted sum of the rewards of the final image, NaN where one is missing."""
-    gated: Tensor | None = None
-    """(N,) bool: the only samples that feel the penalty towards the base (`uncertainty.mode: gate_kl`); None: all do."""
+    pull: Tensor | None = None
+    """(N,) float32 factors of the penalty towards the base (`uncertainty.mode: gate_kl`, `combine.constraints`); None: 1."""
     steps: Tensor | None = None
     """(N, S) float64 factors of the losses of the steps (`uncertainty.per_step`); None: 1."""
 
@@ -67,7 +67,7 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
     groups = torch.arange(run.shape.samples) // config.train.group_size
     metrics |= _reward_stats(run, final, complete[:, -1], groups)
     found = doubts(run, raw, final, known, groups, metrics, plan.stochastic)
-    steps = max(1, len(plan.stochastic))
+    steps, share = max(1, len(plan.stochastic)), 1.0
     step_rewards, credit_stats = credit.step_rewards(values, steps, config.credit, groups)
     if apart:
         parts = {
@@ -77,6 +77,7 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
         }
         finals = {name: raw.values[name][:, -1] for name in weights}
         factors = follow(run, raw, metrics)
+        share = penalty_share(factors)
         settings = (groups, config.combine, config.advantage, factors)
         advantages, stats = combined_advantages(parts, weights, finals, *settings, found.confidence)
         metrics |= stats
@@ -96,7 +97,14 @@ def targets(run: Run, plan: Plan, scores: Scores, metrics: dict[str, float]) -> 
     if config.selection.rule != "all":
         metrics["select/kept_fraction"] = float(kept.double().mean())
         metrics["select/positive_fraction"] = float((kept & (advantages[:, -1] > 0)).sum() / kept.sum().clamp_min(1))
-    return Targets(advantages, kept, final, found.gated, found.steps)
+    return Targets(advantages, kept, final, _pull(found.gated, share, len(groups)), found.steps)
+
+
+def _pull(gated: Tensor | None, share: float, samples: int) -> Tensor | None:
+    """(N,) float32 factors of the penalty: `share` of it, of the gated samples alone; None if all have all of it."""
+    if gated is None:
+        return None if share == 1 else torch.full((samples,), share)
+    return share * gated.float()
 
 
 def _in_units(run: Run, scores: Scores, apart: bool, metrics: dict[str, float]) -> Scores:

@@ -130,13 +130,13 @@ def clipped_ratio_pairs(
     pairs: Pairs,
     advantages: Tensor,
     lagging: bool,
-    gated: Tensor | None = None,
+    pull: Tensor | None = None,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss (M,) of stored steps scored again, diagnostics (M,), and forwards per pair.
 
-    advantages: (n, S); lagging: whether the weights that sampled differ from the live ones; gated: (n,) bool, the samples
-    with a KL term, None: all; factors: (n, S) of the loss but for that term, outside the clip, None: 1.
+    advantages: (n, S); lagging: whether the weights that sampled differ from the live ones; pull: (n,) factors of
+    the KL term, None: 1; factors: (n, S) of the loss but for that term, outside the clip, None: 1.
     """
     config = run.config.objective
     x, x_next, cond, (t, t_next, levels) = stored_steps(run, batch, pairs)
@@ -170,8 +170,7 @@ def clipped_ratio_pairs(
         else:
             interval = noise_interval(run.kernel, t, t_next)
             penalty = transition_kl(step.mean, reference[0].mean, step.std, config.kl_form, interval)
-        held = penalty if gated is None else torch.where(gated[pairs.rows].to(x.device), penalty, 0.0)
-        loss = loss + config.kl_beta * held
+        loss = loss + config.kl_beta * (penalty if pull is None else pull[pairs.rows].to(x.device) * penalty)
         info["kl"] = penalty.detach()
     return loss, info, forwards
 
@@ -183,12 +182,12 @@ def forward_process_pairs(
     advantages: Tensor,
     times: Tensor,
     lagging: bool,
-    gated: Tensor | None = None,
+    pull: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """Loss (M,) of re-noised final images, diagnostics (M,), and forwards per pair.
 
-    advantages: (n, 1); times: (n, m) grid indices; lagging: whether the old policy differs from the live weights; gated:
-    (n,) bool, the samples with the term of the base, None: all.
+    advantages: (n, 1); times: (n, m) grid indices; lagging: whether the old policy differs from the live weights; pull:
+    (n,) factors of the term of the base, None: 1.
     """
     config, seed = run.config.objective, run.config.train.seed
     steps = times[pairs.rows, pairs.columns]
@@ -222,7 +221,7 @@ def forward_process_pairs(
     v = run.model.velocity(x, t, cond)
     # without lag the old policy is the live one: its prediction is the one just made
     v_old = v.detach() if v_old is None else v_old
-    weight, held = advantages[pairs.rows, 0].to(x.device), None if gated is None else gated[pairs.rows].to(x.device)
+    weight, held = advantages[pairs.rows, 0].to(x.device), None if pull is None else pull[pairs.rows].to(x.device)
     loss, info = forward_process_loss(v, v_old, x0, noise, t, weight, config, v_ref, held)
     return loss, info, forwards
 

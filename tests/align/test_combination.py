@@ -16,7 +16,7 @@ from align.advantages import AdvantageConfig, group_advantages
 from align.combination import CombineConfig, ConstraintConfig, base_units, combined_advantages, standardised
 from align.config import load_config, parse_config
 from align.config_checks import without_effect
-from align.constraints import advanced, first, multiplier
+from align.constraints import advanced, first, multiplier, penalty_share
 from align.errors import UserError
 from align.evaluate import sample_images
 from align.policy_loop import run_iteration
@@ -435,6 +435,28 @@ def test_the_multiplier_scales_a_rewards_part_and_the_whole_with_it():
     torch.testing.assert_close(found, column(-0.375, 0.375))  # (1 - 0.25) / 2
 
 
+def test_what_constraints_do_not_ask_for_goes_to_the_penalty():
+    assert penalty_share({"a": 0.6, "b": 0.1}) == pytest.approx(1.3 / 2)
+    assert penalty_share({"a": -0.2}) == pytest.approx(1.2)
+    assert penalty_share({}) == 1
+
+
+def test_with_constraints_images_feel_what_is_left_of_the_penalty(begin):
+    constraints = {"values": {"a": 9.0}, "initial": 0.25}
+    run = begin(TWO, combine={"constraints": constraints}, objective={"kl_beta": 0.04})
+    plan, scores = scored(run)
+    write_json(run.config.run_dir / "eval" / "base.json", {"scores": {name: [0.0, 1.0] for name in TWO}})
+    metrics = {}
+    found = targets(run, plan, scores, metrics)
+    assert found.pull.tolist() == pytest.approx([0.75] * 8)
+    assert metrics["constraint/penalty"] == pytest.approx(0.75)
+    gate = {"mode": "gate_kl", "sources": ["rank_disagreement"], "auxiliaries": ["b"], "gate_fraction": 0.2}
+    watched = {"a": TWO["a"], "b": {**TWO["b"], "weight": 0.0}}
+    gated = begin(watched, combine={"constraints": constraints}, objective={"kl_beta": 0.04}, uncertainty=gate)
+    found = targets(gated, plan, scores, {})
+    assert sorted(found.pull.tolist()) == pytest.approx([0.0] * 7 + [0.75])
+
+
 def test_a_continued_run_with_constraints_ends_like_one_that_was_not_stopped(tmp_path, write_config, train_here):
     changes = {"train": {"iterations": 4}, "checkpoint": {"every": 2}, "eval": {"every": 0}}
     changes["combine"] = {"constraints": {"values": {"a": 0.9}}}
@@ -451,6 +473,8 @@ def test_a_continued_run_with_constraints_ends_like_one_that_was_not_stopped(tmp
     assert factors[0] == pytest.approx(0.1)
     assert factors == sorted(factors)  # far below its value, the reward gains weight
     assert len(set(factors)) == 4
+    shares = [row["constraint/penalty"] for row in rows if row["kind"] == "train"]
+    assert shares == pytest.approx([1 - factor for factor in factors])
     ends = [load_file(tmp_path / name / "adapter" / "pytorch_lora_weights.safetensors") for name in ("whole", "cut")]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 

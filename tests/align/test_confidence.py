@@ -222,11 +222,11 @@ def test_the_penalty_is_that_of_the_gated_samples_alone():
     t, advantages = torch.full((4,), 0.5), torch.randn(4, generator=generator)
     gated = torch.tensor([True, False, False, True])
 
-    def losses(coef, gated=None):
+    def losses(coef, pull=None):
         config = ObjectiveConfig(type="forward_process", ref_coef=coef)
-        return forward_process_loss(v, old, x0, noise, t, advantages, config, ref, gated)[0]
+        return forward_process_loss(v, old, x0, noise, t, advantages, config, ref, pull)[0]
 
-    assert torch.equal(losses(0.5, gated), torch.where(gated, losses(0.5), losses(0.0)))
+    assert torch.equal(losses(0.5, gated.float()), torch.where(gated, losses(0.5), losses(0.0)))
     assert (losses(0.5) > losses(0.0)).all()
 
 
@@ -241,11 +241,11 @@ def test_the_kl_term_is_that_of_the_gated_samples_alone(begin):
     advantages = torch.zeros(8, len(batch.plan.stochastic))
     gated = torch.arange(8) < 3
 
-    def losses(gated):
-        return clipped_ratio_pairs(run, batch, pairs, advantages, False, gated)[0].detach()
+    def losses(pull):
+        return clipped_ratio_pairs(run, batch, pairs, advantages, False, pull)[0].detach()
 
     assert (losses(None) > 0).all()
-    assert torch.equal(losses(gated), torch.where(gated, losses(None), 0.0))
+    assert torch.equal(losses(gated.float()), torch.where(gated, losses(None), 0.0))
 
 
 def test_steps_count_by_the_doubt_of_the_completions_around_them(begin):
