@@ -32,17 +32,22 @@ class EnsembleReward(Reward):
         self,
         members: Mapping[str, Mapping[str, Any]],
         objective: EnsembleObjective = "uwo",
-        coefficient: float = 0.1,
-        variance: Variance = "population",
+        coefficient: float | None = None,
+        variance: Variance | None = None,
         standardise: str = "reference",
         reference: str | None = None,
     ) -> None:
         """members: name -> {type, args, max_batch}, at least one, as in `rewards` of a configuration.
 
-        objective: "mean", "wco" (the lowest member) or "uwo" (mean - coefficient x variance). coefficient: .1 for
-        training, .5 to choose among images (2310.02743). variance: "population" (by k) or "unbiased" (by k - 1).
+        objective: "mean", "wco" (the lowest member) or "uwo" (mean - coefficient x variance). coefficient: of uwo, by default
+        .1; .5 to choose among images (2310.02743). variance: of uwo, "population" (by k, the default) or "unbiased" (by k - 1).
         standardise: "reference", or "none" for members that share a unit. reference: the uncertainty.json of a run.
         """
+        for key, given in (("coefficient", coefficient), ("variance", variance)):
+            if given is not None and objective in ("mean", "wco"):
+                raise RewardError(f"{key} has no effect with objective {objective}: leave it out")
+        coefficient = 0.1 if coefficient is None else coefficient
+        variance = "population" if variance is None else variance
         self.objective, self.coefficient, self.variance = objective, coefficient, variance
         for key, value, options in (
             ("objective", objective, get_args(EnsembleObjective)),

@@ -148,6 +148,10 @@ def test_it_keeps_the_contract_of_rewards():
         ({"members": {"a": {"type": "brightness"}}, "coefficient": -1}, "coefficient must be at least 0"),
         ({"members": {"a": {"type": "brightness"}}, "variance": "sample"}, "variance must be one of"),
         (
+            {"members": {"a": {"type": "brightness"}}, "objective": "wco", "coefficient": 0.1},
+            "coefficient has no effect with objective wco",
+        ),
+        (
             {"members": {"a": {"type": "ensemble", "args": {"members": {"b": {"type": "brightness"}}}}}},
             "cannot be a member",
         ),
