@@ -11,19 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align.control_data import check_examples, labels_of
+from align.control_data import check_conditions, check_examples, labels_of, load_examples
 from align.control_loss import IGNORE, OutputKind
 from align.errors import UserError
 from align.models.base import ImageModel, quiet
 from align.playground.layouts import mean_iou
 from align.prompts import Prompt
-from rewards.base import Reward, RewardBatch, RewardError, RewardOutput
+from rewards.base import Reward, RewardBatch, RewardError, RewardOutput, one_line
+from rewards.weights import load_pretrained, recompute_layers
 
 if TYPE_CHECKING:
     from align.config import Config
 
 EDGES = "edges"
 SHIPPED_NETWORKS = {"playground": Path(__file__).parent / "playground" / "segmenter_weights"}
+_TRIED = 8
+# Share of a class's pixels, mean over classes, above which a reading one class away is no chance, and how often it must
+# exceed that of the right class.
+_SHIFTED, _TIMES = 0.25, 2.0
 
 
 class ConditionNetwork:
@@ -51,23 +56,21 @@ class SegmentationNetwork(ConditionNetwork):
     kind: OutputKind = "probabilistic"
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
-        """path: folder, hub id or shipped name. Raises: UserError if there is no such network."""
+        """path: folder, hub id or shipped name. Raises: UserError if there is no such network, or a weight is missing."""
         from transformers import AutoModelForSemanticSegmentation
         from transformers.image_processing_base import ImageProcessingMixin
 
         place = str(SHIPPED_NETWORKS.get(path, path))
-        local = place.startswith((".", "/", "~")) or place.count("/") != 1
-        if local and not Path(place).expanduser().is_dir():
-            raise UserError(f"there is no folder {path} of a segmentation network")
+        place = str(Path(place).expanduser()) if place.startswith("~") else place
         try:
             with quiet():
-                self.model: Any = AutoModelForSemanticSegmentation.from_pretrained(place, dtype=torch.float32)
+                self.model: Any = load_pretrained(AutoModelForSemanticSegmentation, place, "network", torch.float32)
                 settings, _ = ImageProcessingMixin.get_image_processor_dict(place)
+        except RewardError as problem:
+            raise UserError(str(problem)) from problem
         except (OSError, ValueError) as problem:
-            raise UserError(
-                f"cannot load the segmentation network '{path}': {str(problem).splitlines()[0]}"
-            ) from problem
-        self.model.eval().requires_grad_(False).to(device)
+            raise UserError(f"'{path}' does not say how images are prepared: {one_line(problem)}") from problem
+        self.model.to(device)
         self.classes = int(self.model.config.num_labels)
         plain = settings.get("do_normalize", True) is False
         self._mean, self._std = (
@@ -76,18 +79,18 @@ class SegmentationNetwork(ConditionNetwork):
             )
             for key, fallback in (("image_mean", 0.0), ("image_std", 1.0))
         )
+        self._blue_first = bool(settings.get("do_flip_channel_order", False))
 
     def outputs(self, images: Tensor) -> Tensor:
         """Logits (B, classes, H, W) float32."""
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.model((images.float() - self._mean) / self._std).logits
+            pixels = images.float().flip(1) if self._blue_first else images.float()
+            logits = self.model((pixels - self._mean) / self._std).logits
         return F.interpolate(logits.float(), images.shape[-2:], mode="bilinear", align_corners=False)
 
     def enable_checkpointing(self) -> None:
-        """Where the architecture supports it."""
-        if self.model.supports_gradient_checkpointing:
-            with quiet():  # it is about to be renamed
-                self.model.gradient_checkpointing_enable()
+        """Of the layers that transformers can recompute."""
+        recompute_layers(self.model)
 
 
 class EdgeFilter(ConditionNetwork):
@@ -124,12 +127,51 @@ def condition_network(
         return None
     found = load_condition_network(str(settings.network), model.device) if settings.grad_scale > 0 else None
     side = config.model.resolution or model.native_resolution
-    check_examples(train_prompts, found.classes if found is not None else 0, side, "prompts.train")
-    check_examples(eval_prompts, 0, side, "prompts.eval")
+    check_examples(train_prompts, found.classes if found is not None else 0, "prompts.train")
+    check_conditions(eval_prompts, "prompts.eval")
+    if found is not None:
+        check_reading(found, train_prompts[:_TRIED], side, model.device)
     if found is not None and settings.checkpointing:
         model.pipe.vae.enable_gradient_checkpointing()
         found.enable_checkpointing()
     return found
+
+
+@torch.no_grad()
+def check_reading(network: ConditionNetwork, prompts: Sequence[Prompt], side: int, device: Any = "cpu") -> None:
+    """Let `network` read the real images of a few prompts.
+
+    Raises: UserError if it cannot read images of this size, or finds what the labels say one class lower or higher, as
+    where files count classes from 1 and the network from 0.
+    """
+    labelled = network.kind == "probabilistic"
+    counts, hits = torch.zeros(IGNORE), {shift: torch.zeros(IGNORE) for shift in (0, -1, 1)}
+    for prompt in prompts:
+        example = load_examples([prompt], side, labelled)
+        try:
+            outputs = network.outputs(example.images.to(device))
+        except (RuntimeError, ValueError) as problem:  # of fixed positions, say
+            raise UserError(
+                f"consistency.network: it cannot read images of {side} x {side}: {one_line(problem)}; use another network or "
+                "model.resolution"
+            ) from problem
+        if example.labels is not None:
+            valid = example.labels != IGNORE
+            found, labels = outputs.argmax(1).cpu()[valid], example.labels[valid]
+            counts += torch.bincount(labels, minlength=IGNORE)
+            for shift, hit in hits.items():
+                hit += torch.bincount(labels[found == labels + shift], minlength=IGNORE)
+    present = counts > 0
+    if present.sum() < 2:
+        return
+    share = {shift: float((hit[present] / counts[present]).mean()) for shift, hit in hits.items()}
+    for shift, remedy in ((-1, f"subtract 1 from the files and make 0 {IGNORE}"), (1, "add 1 to the files")):
+        if share[shift] > _SHIFTED and share[shift] > _TIMES * share[0]:
+            raise UserError(
+                "consistency.network: it and the labels count classes from different numbers: in the first real images it reads "
+                f"the class {'before' if shift < 0 else 'after'} the label's on {share[shift]:.0%} of the pixels (mean over "
+                f"classes), and the label's own on {share[0]:.0%}; {remedy}"
+            )
 
 
 class ConditionReward(Reward):

@@ -49,6 +49,8 @@ def read_picture(path: str) -> Tensor:
     """(1, 3, H, W) in [0, 1], the right way up. Raises: UserError for a file that cannot be read."""
     try:
         with Image.open(path) as file:
+            if file.mode[0] in "IF":  # Pillow would cut its values off at 255
+                raise ValueError(f"it has more than 8 bits, mode {file.mode}: scale it and save it with 8")
             return pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB")).float().unsqueeze(0) / 255
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:  # what Pillow raises
         raise UserError(f"prompts: the image {path} cannot be read ({problem})") from problem

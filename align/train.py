@@ -25,7 +25,7 @@ from align.checkpoint import export_adapter
 from align.confidence import fit_rewards, settle, tell_rewards
 from align.config import Config, load_config, to_yaml
 from align.config_checks import without_effect
-from align.control_data import check_examples
+from align.control_data import check_conditions, check_examples
 from align.diversity import measure
 from align.errors import UserError
 from align.evaluate import Evaluation, conditions_of, evaluate, half_width, paired_interval
@@ -89,8 +89,8 @@ def print_plan(config: Config, console: Console) -> None:
     check_gradients(config, rewards, trained)
     check_trainable(config, rewards, trained)
     if config.objective.type == "condition_consistency":  # whether it needs labels, its network will say
-        check_examples(trained, 0, 0, "prompts.train")
-        check_examples(held_out[: config.eval.prompts], 0, 0, "prompts.eval")
+        check_examples(trained, 0, "prompts.train")
+        check_conditions(held_out[: config.eval.prompts], "prompts.eval")
     console.print(to_yaml(config), markup=False, highlight=False)
     console.print(f"{len(trained):,} training prompts, {min(len(held_out), config.eval.prompts):,} for evaluation")
     console.print(geometry_table(config, geometry(config, 1)))

@@ -88,8 +88,12 @@ class ControlNetSDModel(SDModel):
                 parameter.data = value
 
     def finish_setup(self) -> None:
-        """As for any model; the ControlNet too is checkpointed."""
+        """As for any model; the ControlNet too has the attention backend and is checkpointed."""
+        from align.models.attention import set_attention
+
         super().finish_setup()
+        with quiet():
+            set_attention(self.controlnet, self.config.attention, self.device, self.dtype)
         if self.config.gradient_checkpointing:
             self.controlnet.enable_gradient_checkpointing()
 
@@ -161,9 +165,13 @@ def load_controlnet(config: ModelConfig, unet: Any, factor: int) -> Any:
         )
     try:
         with quiet():
-            found = ControlNetModel.from_pretrained(str(path) if path.is_dir() else name, torch_dtype=torch.float32)
+            found, report = ControlNetModel.from_pretrained(
+                str(path) if path.is_dir() else name, torch_dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError) as problem:
         raise UserError(f"model.controlnet: cannot load '{name}': {str(problem).splitlines()[0]}") from problem
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"model.controlnet: '{name}' lacks {len(missing)} weights, such as {missing[0]}")
     _check_fit(found, unet, factor, name)
     return found
 
@@ -184,6 +192,11 @@ def _check_fit(controlnet: Any, unet: Any, factor: int, name: str) -> None:
             raise UserError(
                 f"model.controlnet: '{name}' has {key} {own}, and the UNet of model.path {wanted}: it is of another model"
             )
+    if controlnet.config.conditioning_channels != 3:
+        raise UserError(
+            f"model.controlnet: '{name}' follows conditions of {controlnet.config.conditioning_channels} channels, and only "
+            "pictures of 3 are supported"
+        )
     scale = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
     if scale != factor:
         raise UserError(
