@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from align.combination import PAR_FLOOR
 from align.control_checks import OBJECTIVE as CONTROL
-from align.control_checks import control_cases, control_errors
+from align.control_checks import control_cases, control_errors, control_notes
 from samplers.plans import suffix_length
 
 if TYPE_CHECKING:
@@ -459,4 +459,4 @@ def without_effect(config: Config) -> list[str]:
         )
     if config.eval.during > config.eval.prompts:
         lines.append(f"eval.during {config.eval.during}: only eval.prompts = {config.eval.prompts} are evaluated")
-    return lines
+    return lines + control_notes(config)

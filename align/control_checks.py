@@ -53,7 +53,16 @@ def control_cases(config: Config) -> list[tuple[bool, str, str]]:
     silent, why = (plain, "consistency.grad_scale is 0") if plain else (False, f"consistency.ctrlu.mode is {mode}")
     return [
         (other, "consistency", f"objective.type is {kind}"),
-        (plain, "consistency.network", "consistency.grad_scale is 0"),
+        *(
+            (plain, f"consistency.{key}", "consistency.grad_scale is 0")
+            for key in ("network", "t_min", "t_max", "ramp_updates", "clamp")
+        ),
+        (
+            not other and consistency.network == "edges",
+            "consistency.ctrlu.kl_direction",
+            "consistency.network edges has no classes",
+        ),
+        (config.model.controlnet is not None, "model.lora", "model.controlnet is trained in its place"),
         *(
             (silent or (not other and mode == "off"), f"consistency.ctrlu.{key}", why)
             for key in ("add_timestep", "share_noise")
@@ -63,3 +72,15 @@ def control_cases(config: Config) -> list[tuple[bool, str, str]]:
             for key in ("u_scale", "eta", "scale_inside_exp", "kl_direction", "detach_weight", "symmetric")
         ),
     ]
+
+
+def control_notes(config: Config) -> list[str]:
+    """What is likely to be a mistake, though it runs."""
+    settings = config.consistency
+    twice = config.objective.type == OBJECTIVE and settings.grad_scale > 0 and settings.ctrlu.mode == "uncertainty"
+    if twice and settings.ctrlu.share_noise and config.model.precision == "bf16":
+        return [
+            "consistency.ctrlu.share_noise: two predictions from the same noise differ by less than bf16 rounds, so most of "
+            "their disagreement is rounding; use model.precision fp16 (as released) or fp32, or noise of their own"
+        ]
+    return []

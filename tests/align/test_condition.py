@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import SegformerForImageClassification, SegformerForSemanticSegmentation
 
 from align.condition import SHIPPED_NETWORKS, ConditionNetwork, SegmentationNetwork, check_reading
+from align.config import parse_config
+from align.config_checks import without_effect
 from align.control_data import CHECKED, check_conditions, check_examples, load_examples
 from align.errors import UserError
 from align.models.base import ModelConfig, load_model
@@ -221,3 +223,29 @@ def test_evaluation_needs_conditions_that_can_be_read_and_no_images(lines):
     Path(prompts[-1].metadata["condition"]).write_bytes(b"not a picture")
     with pytest.raises(UserError, match=r"condition-7.png cannot be read"):
         check_conditions(prompts, "prompts.eval")
+
+
+# -- the configuration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("consistency", "keys"),
+    [
+        (
+            {"grad_scale": 0.0, "t_max": 200, "ramp_updates": 0, "clamp": "straight_through"},
+            ["t_max", "ramp_updates", "clamp"],
+        ),
+        ({"network": "edges", "ctrlu": {"kl_direction": "primary_to_aux"}}, ["ctrlu.kl_direction"]),
+        ({"network": "playground", "t_max": 200, "ctrlu": {"kl_direction": "primary_to_aux"}}, []),
+    ],
+)
+def test_settings_of_the_consistency_loss_that_nothing_reads_are_said(consistency, keys):
+    data = {
+        "objective": {"type": "condition_consistency"},
+        "model": {"path": "playground-unet", "controlnet": "playground", "lora": {"rank": 4}},
+        "sampler": {"kernel": "ode"},
+        "train": {"group_size": 1},
+        "consistency": consistency,
+    }
+    notes = [note.split(" ")[0] for note in without_effect(parse_config(data))]
+    assert notes == [*(f"consistency.{key}" for key in keys), "model.lora"]
