@@ -283,8 +283,13 @@ def _stored_base(run: Run) -> Evaluation | None:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, RuntimeError, json.JSONDecodeError):
         return None  # damaged files: the base is evaluated again
-    same = {"prompts": [p.text for p in run.eval_prompts], "num_steps": config.num_steps, "seed": config.seed}
+    same: dict[str, Any] = {
+        "prompts": [p.text for p in run.eval_prompts],
+        "num_steps": config.num_steps,
+        "seed": config.seed,
+    }
     same["guidance_scale"] = deploy_guidance(run.config)
+    same["metadata"] = json.loads(json.dumps([p.metadata for p in run.eval_prompts]))  # conditions too are part of it
     if any(data.get(k) != v for k, v in same.items()) or set(data["scores"]) != set(fixed_rewards(run.rewards)):
         return None
     values = {k: torch.tensor([float("nan") if x is None else x for x in v]) for k, v in data["scores"].items()}
@@ -363,9 +368,7 @@ def finish(run: Run, base: Evaluation) -> dict[str, Any]:
     return summary
 
 
-def save_comparison(
-    path: Path, columns: dict[str, Evaluation], count: int, conditions: Tensor | None = None
-) -> Path:
+def save_comparison(path: Path, columns: dict[str, Evaluation], count: int, conditions: Tensor | None = None) -> Path:
     """Grid of the first `count` prompts, one column per evaluation, scores under each cell; what was followed goes first."""
     first = next(iter(columns.values()))
     rows = min(count, len(first.prompts))

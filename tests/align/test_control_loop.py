@@ -20,8 +20,9 @@ from torch import Tensor
 
 from align.checkpoint import export_adapter
 from align.config import CONFIG_DIR, load_config
+from align.control_checks import control_notes
 from align.control_data import load_conditions, load_examples
-from align.control_loop import _gradients, draw, run_iteration
+from align.control_loop import _gradients, _loss, draw, run_iteration
 from align.errors import UserError
 from align.evaluate import EVAL_STREAM, sample_images
 from align.geometry import memory_estimate
@@ -274,6 +275,23 @@ def test_shared_noise_leaves_little_to_disagree_on(tmp_path, on_cpu):
     assert found[False]["train/disagreement"] > 100 * found[True]["train/disagreement"]
     assert found[True]["train/trust"] > 0.9999
     assert found[False]["train/disagreement_corr"] > 0.2
+    # in bf16 most of the little that shared noise leaves is rounding, which is said
+    config.consistency.ctrlu.share_noise, run.counters.iteration = True, 0
+    texts, sums = [run.train_prompts[i] for i in prompt_ids(run, 0)[:8]], defaultdict(float)
+    read = []
+    for precision in (torch.float32, torch.bfloat16):
+        run.model.network.to(precision)
+        run.model.dtype = precision
+        with torch.no_grad():
+            _, row = _loss(run, texts, load_examples(texts, 64, True), draw(run, list(range(8))), 1.0, 8, 8, sums)
+        read.append(float(row["uncertainty"].nanmean()))
+    assert read[1] > 3 * read[0]
+    assert control_notes(config) == []
+    config.model.precision = "bf16"
+    (note,) = control_notes(config)
+    assert "most of their disagreement is rounding" in note
+    config.consistency.ctrlu.share_noise = False
+    assert control_notes(config) == []
 
 
 def test_a_resumed_run_is_the_same_bit_for_bit(configure, train_here):
@@ -288,6 +306,21 @@ def test_a_resumed_run_is_the_same_bit_for_bit(configure, train_here):
     assert Path(summary["controlnet"]) == path.parent / "parts" / "controlnet"
     before = json.loads((path.parent / "parts" / "eval" / "base.json").read_text())
     assert before["metadata"][0]["labels"].endswith("labels-0.png")
+
+
+def test_a_resumed_run_does_not_compare_with_a_base_of_other_conditions(configure, files, train_here):
+    path = configure("controlnet")
+    lines = [json.loads(line) for line in files.read_text().splitlines()]
+    held_out = files.with_name("held-out.jsonl")
+    held_out.write_text(files.read_text())
+    train_here(path, "train.iterations=1", f"prompts.eval={held_out}")
+    base = path.parent / "run" / "eval" / "base.json"
+    untouched = base.stat().st_mtime_ns
+    train_here(path, "train.iterations=2", f"prompts.eval={held_out}")
+    assert base.stat().st_mtime_ns == untouched
+    held_out.write_text("\n".join(json.dumps(line | {"condition": "condition-5.png"}) for line in lines))
+    train_here(path, "train.iterations=3", f"prompts.eval={held_out}")
+    assert {Path(m["condition"]).name for m in json.loads(base.read_text())["metadata"]} == {"condition-5.png"}
 
 
 def test_the_result_is_a_controlnet_that_diffusers_uses(begin, sd15, tmp_path):
