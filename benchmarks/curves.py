@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from align.config import load_resolved
 from align.run import environment
 from align.runfolder import metric_rows
 from align.tracking import write_json
@@ -128,6 +129,8 @@ def train(config: str, overrides: Sequence[str], name: str, seed: int, scratch: 
 def run_rows(method: str, seed: int, folder: Path, metric: str = "verifier") -> Rows:
     """A finished run: its curve, and base, final score and paired gain on all held-out prompts, by one reward."""
     summary = json.loads((folder / "summary.json").read_text())
+    settings = load_resolved(folder / "config.yaml").eval
+    shown = min(settings.during, settings.prompts)
     rows: Rows = [
         {
             "method": method,
@@ -137,7 +140,7 @@ def run_rows(method: str, seed: int, folder: Path, metric: str = "verifier") -> 
             "iteration": row["iteration"],
             "mean": row[f"eval/{metric}"],
             "ci95": row[f"eval/{metric}_ci95"],
-            "n": 128,
+            "n": shown,
             "nfe": row["nfe"],
             "seconds": round(row["seconds"], 1),
         }
