@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 EDGES = "edges"
 SHIPPED_NETWORKS = {"playground": Path(__file__).parent / "playground" / "segmenter_weights"}
 _TRIED = 8
-# Share of a class's pixels, mean over classes, above which a reading one class away is no chance, and how often it must
-# exceed that of the right class.
-_SHIFTED, _TIMES = 0.25, 2.0
+# A reading one class away is no chance above these shares, of all pixels and of a class's (mean over classes), and if
+# both exceed that of the right class so many times.
+_SHIFTED, _TIMES = (0.5, 0.25), 2.0
 
 
 class ConditionNetwork:
@@ -164,13 +164,18 @@ def check_reading(network: ConditionNetwork, prompts: Sequence[Prompt], side: in
     present = counts > 0
     if present.sum() < 2:
         return
-    share = {shift: float((hit[present] / counts[present]).mean()) for shift, hit in hits.items()}
+    share = {
+        shift: (float(hit.sum() / counts.sum()), float((hit[present] / counts[present]).mean()))
+        for shift, hit in hits.items()
+    }
     for shift, remedy in ((-1, f"subtract 1 from the files and make 0 {IGNORE}"), (1, "add 1 to the files")):
-        if share[shift] > _SHIFTED and share[shift] > _TIMES * share[0]:
+        if all(
+            one > least and one > _TIMES * own for one, own, least in zip(share[shift], share[0], _SHIFTED, strict=True)
+        ):
             raise UserError(
                 "consistency.network: it and the labels count classes from different numbers: in the first real images it reads "
-                f"the class {'before' if shift < 0 else 'after'} the label's on {share[shift]:.0%} of the pixels (mean over "
-                f"classes), and the label's own on {share[0]:.0%}; {remedy}"
+                f"the class {'before' if shift < 0 else 'after'} the label's on {share[shift][0]:.0%} of the pixels, and "
+                f"the label's own on {share[0][0]:.0%}; {remedy}"
             )
 
 
