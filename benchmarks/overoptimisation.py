@@ -57,7 +57,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
 }
 METHODS: dict[str, tuple[str, list[str]]] = {
     **{name: (config, [*overrides, f"{PULL}=1e-9"]) for name, (config, overrides) in ARMS.items()},
-    **{f"{name}_kl": (config, [*overrides, f"{PULL}=0.03"]) for name, (config, overrides) in ARMS.items()},
+    **{f"{name}_kl": (config, [*overrides, f"{PULL}=0.3"]) for name, (config, overrides) in ARMS.items()},
 }
 COLOURS = {"single": "#57606a", "mean": "#1f6feb", "wco": "#d1611f", "uwo": "#1a7f37", "weight": "#8250df"}
 GROUPS, SIZE = 64, 12
