@@ -62,7 +62,6 @@ def control_cases(config: Config) -> list[tuple[bool, str, str]]:
             "consistency.ctrlu.kl_direction",
             "consistency.network edges has no classes",
         ),
-        (config.model.controlnet is not None, "model.lora", "model.controlnet is trained in its place"),
         *(
             (silent or (not other and mode == "off"), f"consistency.ctrlu.{key}", why)
             for key in ("add_timestep", "share_noise")

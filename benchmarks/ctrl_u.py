@@ -5,8 +5,8 @@
     python benchmarks/ctrl_u.py show       # figure and tables from the result file
 
 Every run is the real command (`python -m align.train`) on one thread and starts from the shipped ControlNet. The arms differ in the
-reward alone: none (the diffusion loss goes on), one prediction, the plain mean of two, two with uncertainty, and these with shared
-noise, as in the released code. `condition` is the network that the reward trains against; `layout`, by the exact reader, and the
+reward alone: none (the diffusion loss goes on), one prediction, the plain mean of two, two with uncertainty, of that the penalty or the
+weights alone, and all of it with shared noise, as in the released code. `condition` is the network that the reward trains against; `layout`, by the exact reader, and the
 verifier (gold) are only measured.
 """
 
@@ -27,6 +27,9 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "controlnet_pp": ("configs/playground/controlnet_pp.yaml", []),
     "average": (CTRL_U, ["consistency.ctrlu.mode=average"]),
     "ctrl_u": (CTRL_U, []),
+    # the same penalty on the disagreement, with weights of 1; and the same weights without it
+    "penalty_only": (CTRL_U, ["consistency.ctrlu.u_scale=1.0e-3", "consistency.ctrlu.eta=1000"]),
+    "weights_only": (CTRL_U, ["consistency.ctrlu.eta=0", "consistency.ctrlu.detach_weight=true"]),
     "ctrl_u_shared": (CTRL_U, ["consistency.ctrlu.share_noise=true"]),
 }
 COLOURS = {
@@ -34,6 +37,8 @@ COLOURS = {
     "controlnet_pp": "#1f6feb",
     "average": "#d1611f",
     "ctrl_u": "#1a7f37",
+    "penalty_only": "#0b9aa2",
+    "weights_only": "#bf3989",
     "ctrl_u_shared": "#8250df",
 }
 METRICS = {
@@ -127,7 +132,10 @@ def pairs(rows: Rows, methods: list[str]) -> str:
         ("controlnet_pp", "controlnet"),
         ("ctrl_u", "controlnet"),
         ("ctrl_u", "controlnet_pp"),
+        ("average", "controlnet_pp"),
         ("ctrl_u", "average"),
+        ("penalty_only", "average"),
+        ("weights_only", "average"),
         ("ctrl_u_shared", "controlnet_pp"),
     ]
     lines = ["| difference | layout | condition (D) | gold |", "|---|---|---|---|"]

@@ -116,23 +116,22 @@ def add(method: str, seed: int, folder: Path) -> None:
 
 def members(methods: list[str], seeds: list[int], scratch: Path) -> None:
     """What the members are worth, on images of the base and, once there is one, of a policy that hacked one."""
-    units: dict[str, tuple[Tensor, Tensor]] = {}
+    base: dict[str, Tensor] = {}
     rows: Rows = []
     for split, folder in ((BASE, None), (HACKED, scratch / "single-0")):
         if folder is not None and not (folder / "adapter").is_dir():
             continue
-        scores = _scores(folder)
-        if not units:
-            units = {name: (x.mean(), x.std(correction=0)) for name, x in scores.items()}
+        scores = scores_of(folder, GROUPS, SIZE)
+        base = base or dict(scores)
         gold = scores.pop("gold").view(-1, SIZE)
-        standard = torch.stack([((x - units[n][0]) / units[n][1]).view(-1, SIZE) for n, x in scores.items()])
+        standard = standardised(scores, base).view(len(scores), -1, SIZE)
         judges = dict(zip(scores, standard, strict=True))
         flat = standard.flatten(1)
         for rule in ("mean", "wco", "uwo"):
             judges[rule] = aggregate(flat, rule, COEFFICIENT, "population").view(-1, SIZE)
         for name, values in judges.items():
             rows.append(_row(name, split, "concordance", concordance(values, gold)))
-        worth = (gold - units["gold"][0]) / units["gold"][1]
+        worth = standardised({"gold": gold}, base)[0]
         error = _centred(judges["mean"]) - _centred(worth)
         doubt = member_spread(flat).view(-1, SIZE)
         pairs = [correlation(a, b) for i, a in enumerate(standard) for b in standard[i + 1 :]]
@@ -149,10 +148,15 @@ def members(methods: list[str], seeds: list[int], scratch: Path) -> None:
     write_json(RESULTS, found)
 
 
-def _scores(folder: Path | None) -> dict[str, Tensor]:
-    """Scores (GROUPS x SIZE,) of every member and of gold, images of a prompt in a row, of the base or of a run's adapter."""
+def standardised(scores: dict[str, Tensor], base: dict[str, Tensor]) -> Tensor:
+    """(k, ...) the k judges' `scores` in units of what they give the base model's images."""
+    return torch.stack([(x - base[n].mean()) / base[n].std(correction=0) for n, x in scores.items()])
+
+
+def scores_of(folder: Path | None, groups: int, size: int) -> dict[str, Tensor]:
+    """Scores (groups x size,) of every member and of gold, images of a prompt in a row, of the base or of a run's adapter."""
     setup = load_target("playground" if folder is None else str(folder), num_steps=10, guidance_scale=1.0, seed=5)
-    prompts = [p for p in load_prompts("playground:seen_test")[:GROUPS] for _ in range(SIZE)]
+    prompts = [p for p in load_prompts("playground:seen_test")[:groups] for _ in range(size)]
     rewards = {
         **{f"member {m}": RewardConfig(type="proxy", args={"seed": m}) for m in MEMBERS},
         "gold": RewardConfig(type="verifier"),

@@ -245,10 +245,10 @@ def test_evaluation_needs_conditions_that_can_be_read_and_no_images(lines):
 def test_settings_of_the_consistency_loss_that_nothing_reads_are_said(consistency, keys):
     data = {
         "objective": {"type": "condition_consistency"},
-        "model": {"path": "playground-unet", "controlnet": "playground", "lora": {"rank": 4}},
+        "model": {"path": "playground-unet", "controlnet": "playground"},
         "sampler": {"kernel": "ode"},
         "train": {"group_size": 1},
         "consistency": consistency,
     }
     notes = [note.split(" ")[0] for note in without_effect(parse_config(data))]
-    assert notes == [*(f"consistency.{key}" for key in keys), "model.lora"]
+    assert notes == [f"consistency.{key}" for key in keys]
