@@ -96,6 +96,12 @@ def show() -> None:
         cells = [f"{found[name, count, 'gold']['mean']:.3f}" for name in names]
         lines.append(f"| {count} | {found['mean', count, 'gold']['kl']:.2f} | {' | '.join(cells)} |")
     last = COUNTS[-1]
+    kept = [f"| judge | highest gold, at n | at n = {last} | kept of the gain |", "|---|---|---|---|"]
+    for name in names:
+        line = [found[name, count, "gold"]["mean"] for count in COUNTS]
+        peak = max(range(len(COUNTS)), key=lambda i: line[i])
+        share = (line[-1] - line[0]) / (line[peak] - line[0])
+        kept.append(f"| {name} | {line[peak]:.3f}, {COUNTS[peak]} | {line[-1]:.3f} | {share:.0%} |")
 
     def gap(rule: str, metric: str) -> str:
         row = found[rule, last, metric]
@@ -103,15 +109,16 @@ def show() -> None:
 
     against = ", ".join(f"{rule} {gap(rule, 'gold minus mean')}" for rule in RULES[1:])
     single = ", ".join(f"{rule} {gap(rule, 'gold minus one member')}" for rule in RULES)
-    place(
-        PAGE,
-        f"![gold and the judge's own score of the best of n](../assets/{FIGURE.name})\n\n"
-        f"Gold of the best of n images, {found['mean', 1, 'gold']['n']} prompts:\n\n"
-        + "\n".join(lines)
-        + f"\n\n`one member` is the mean over the five. At n = {last}, minus `mean`: {against}; minus `one member`: {single} "
-        f"(95 % over prompts). From `benchmarks/results/{RESULTS.name}`.",
-        "best of n",
-    )
+    row = found["one member", 1, "gold"]
+    text = [
+        f"![gold and the judge's own score of the best of n](../assets/{FIGURE.name})",
+        f"Gold of the best of n images, {row['n']} prompts with {SIZE} images each; `one member` is the mean over the five:",
+        "\n".join(lines),
+        "\n".join(kept),
+        f"At n = {last}, minus `mean`: {against}; minus `one member`: {single} (95 % over prompts, which is also the uncertainty "
+        f"of the levels: ± {row['ci95']:.3f} at n = 1). From `benchmarks/results/{RESULTS.name}`.",
+    ]
+    place(PAGE, "\n\n".join(text), "best of n")
 
 
 def draw(found: dict[tuple[str, int, str], dict[str, Any]]) -> None:

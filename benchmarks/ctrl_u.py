@@ -5,9 +5,9 @@
     python benchmarks/ctrl_u.py show       # figure and tables from the result file
 
 Every run is the real command (`python -m align.train`) on one thread and starts from the shipped ControlNet. The arms differ in the
-reward alone: none (the diffusion loss goes on), one prediction, the plain mean of two, two with uncertainty, of that the penalty or the
-weights alone, and all of it with shared noise, as in the released code. `condition` is the network that the reward trains against; `layout`, by the exact reader, and the
-verifier (gold) are only measured.
+reward alone: none (the diffusion loss goes on), one prediction, the plain mean of two, two with uncertainty, of that the penalty or
+the weights alone, and all of it with shared noise, as in the released code. `condition` is the network that the reward trains
+against; `layout`, by the exact reader, and the verifier (gold) are only measured.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ METHODS: dict[str, tuple[str, list[str]]] = {
 }
 COLOURS = {"single": "#57606a", "mean": "#1f6feb", "wco": "#d1611f", "uwo": "#1a7f37", "weight": "#8250df"}
 GROUPS, SIZE = 64, 12
-BASE, HACKED = "base", "one proxy, trained too long"
+BASE, HACKED = "base", "one proxy, iteration 10"
 """Whose images the members are examined on."""
 STATISTICS = (
     "uncertainty/mean",
@@ -118,8 +118,11 @@ def members(methods: list[str], seeds: list[int], scratch: Path) -> None:
     """What the members are worth, on images of the base and, once there is one, of a policy that hacked one."""
     base: dict[str, Tensor] = {}
     rows: Rows = []
-    for split, folder in ((BASE, None), (HACKED, scratch / "single-0")):
-        if folder is not None and not (folder / "adapter").is_dir():
+    for split, folder in (
+        (BASE, None),
+        (HACKED, scratch / "single-0" / "checkpoints" / "iteration-000010" / "adapter"),
+    ):
+        if folder is not None and not folder.is_dir():
             continue
         scores = scores_of(folder, GROUPS, SIZE)
         base = base or dict(scores)
@@ -154,8 +157,8 @@ def standardised(scores: dict[str, Tensor], base: dict[str, Tensor]) -> Tensor:
 
 
 def scores_of(folder: Path | None, groups: int, size: int) -> dict[str, Tensor]:
-    """Scores (groups x size,) of every member and of gold, images of a prompt in a row, of the base or of a run's adapter."""
-    setup = load_target("playground" if folder is None else str(folder), num_steps=10, guidance_scale=1.0, seed=5)
+    """Scores (groups x size,) of every member and of gold, images of a prompt in a row, of the base or with an adapter."""
+    setup = load_target("playground", None if folder is None else str(folder), num_steps=10, guidance_scale=1.0, seed=5)
     prompts = [p for p in load_prompts("playground:seen_test")[:groups] for _ in range(size)]
     rewards = {
         **{f"member {m}": RewardConfig(type="proxy", args={"seed": m}) for m in MEMBERS},
