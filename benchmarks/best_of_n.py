@@ -10,14 +10,14 @@ less variance; the exact verifier (gold) is only measured.
 
 from __future__ import annotations
 
+import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import curves
 import torch
 from curves import ROOT, Rows, place
-from overoptimisation import COEFFICIENT, MEMBERS, PAGE, scores_of, standardised
+from overoptimisation import COEFFICIENT, MEMBERS, PAGE, PROMPTS, SEED, STEPS, scores_of, standardised
 from torch import Tensor
 
 from align.tracking import write_json
@@ -33,7 +33,15 @@ COLOURS = {"one member": "#57606a", "mean": "#1f6feb", "wco": "#d1611f", "uwo": 
 
 def empty() -> dict[str, Any]:
     """A result file without rows."""
-    return curves.empty_result("best_of_n.py", {})
+    settings = {
+        "model": "playground",
+        "prompts": PROMPTS,
+        "groups": GROUPS,
+        "images": SIZE,
+        "num_steps": STEPS,
+        "uwo": COEFFICIENT,
+    }
+    return curves.empty_result("best_of_n.py", {}) | {"config": settings, "seeds": [SEED]}
 
 
 def best_of(values: Tensor, of: Tensor, count: int) -> Tensor:
@@ -55,7 +63,7 @@ def best_of(values: Tensor, of: Tensor, count: int) -> Tensor:
     return of.gather(1, values.argsort(dim=1)).double() @ share
 
 
-def run(methods: list[str], seeds: list[int], scratch: Path) -> None:
+def run() -> None:
     """Draw the images, judge them, and write the result file."""
     found = scores_of(None, GROUPS, SIZE)
     gold = found.pop("gold").view(GROUPS, SIZE)
@@ -151,4 +159,6 @@ def draw(found: dict[tuple[str, int, str], dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    curves.command_line(__doc__, ["all"], ROOT / "outputs" / "best_of_n", run, lambda *_: None, show)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "show"])
+    {"run": run, "show": show}[parser.parse_args().action]()

@@ -61,6 +61,8 @@ METHODS: dict[str, tuple[str, list[str]]] = {
 }
 COLOURS = {"single": "#57606a", "mean": "#1f6feb", "wco": "#d1611f", "uwo": "#1a7f37", "weight": "#8250df"}
 GROUPS, SIZE = 64, 12
+PROMPTS, STEPS, SEED = "playground:seen_test", 10, 5
+"""Of the images that members are examined on."""
 BASE, HACKED = "base", "one proxy, iteration 10"
 """Whose images the members are examined on."""
 STATISTICS = (
@@ -158,15 +160,17 @@ def standardised(scores: dict[str, Tensor], base: dict[str, Tensor]) -> Tensor:
 
 def scores_of(folder: Path | None, groups: int, size: int) -> dict[str, Tensor]:
     """Scores (groups x size,) of every member and of gold, images of a prompt in a row, of the base or with an adapter."""
-    setup = load_target("playground", None if folder is None else str(folder), num_steps=10, guidance_scale=1.0, seed=5)
-    prompts = [p for p in load_prompts("playground:seen_test")[:groups] for _ in range(size)]
+    setup = load_target(
+        "playground", None if folder is None else str(folder), num_steps=STEPS, guidance_scale=1.0, seed=SEED
+    )
+    prompts = [p for p in load_prompts(PROMPTS)[:groups] for _ in range(size)]
     rewards = {
         **{f"member {m}": RewardConfig(type="proxy", args={"seed": m}) for m in MEMBERS},
         "gold": RewardConfig(type="verifier"),
     }
     ready = {name: ready_reward(name, settings, setup.model.device) for name, settings in rewards.items()}
     found = evaluate(
-        setup.model, ready, prompts, Accelerator(), num_steps=10, guidance_scale=1.0, seed=5, batch_size=96
+        setup.model, ready, prompts, Accelerator(), num_steps=STEPS, guidance_scale=1.0, seed=SEED, batch_size=96
     )
     return {name: found.scores.values[name].double() for name in rewards}
 
