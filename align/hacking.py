@@ -1,10 +1,11 @@
 """Whether the optimised reward was hacked: it rises while rewards that only watch fall, and from which iteration on.
 
 Everything is in one unit, the standard deviation of the base model's held-out scores, and counted from the base. The
-thresholds are a quarter of it, for the rise as for the fall: a reward near its ceiling cannot rise by much, and is hacked
-all the same. The fall is counted from the held-out rewards' own best evaluation, the base's included: a proxy that first
-helps and then hurts is past its best long before the held-out rewards are back below the base. A best among many is
-partly luck, so a fall must also be larger than what chance makes of as many evaluations.
+thresholds are a quarter of it, for the rise as for the fall; a smaller rise counts too if its interval lies above the base,
+since a reward near its ceiling cannot rise by much and is hacked all the same. The fall is counted from the held-out
+rewards' own best evaluation, the base's included: a proxy that first helps and then hurts is past its best long before the
+held-out rewards are back below the base. A best among many is partly luck, so a fall must also be larger than what chance
+makes of as many evaluations.
 
 Evaluations are compared prompt by prompt where scores by prompt are known, over the prompts that have both.
 """
@@ -120,8 +121,8 @@ def parting(optimised: Curve, held_out: Curve) -> Parting | None:
     """Where the two part; None where they do not, or not beyond doubt.
 
     An evaluation after the held-out rewards' best raises the alarm if
-    - the optimised reward is at least RISE above the base, and has not itself fallen by FALL since that best (then the
-      run diverges, which is another illness);
+    - the optimised reward `rose` above the base, and has not itself fallen by FALL since that best (then the run diverges,
+      which is another illness);
     - the held-out rewards are at least FALL below their best;
     - that fall exceeds what chance makes of the largest among all pairs of evaluations (Bonferroni, one-sided), with
       prompts enough to tell (n prompts that all fell the same way do so by chance once in 2^n).
@@ -137,7 +138,7 @@ def parting(optimised: Curve, held_out: Curve) -> Parting | None:
         return None
     level = FALSE_ALARM / (len(known) * (len(known) - 1) / 2)
     for i in known:
-        if i <= best or risen[i] < RISE or risen[best] - risen[i] >= FALL:
+        if i <= best or not rose(optimised, i) or risen[best] - risen[i] >= FALL:
             continue
         change, error, prompts = held_out.between(best, i)
         if -change < FALL or (held_out.prompts and 0.5**prompts > level):
@@ -145,6 +146,12 @@ def parting(optimised: Curve, held_out: Curve) -> Parting | None:
         if -change > _quantile(1 - level, prompts - 1) * error:  # False where the error is not known
             return Parting(best, i)
     return None
+
+
+def rose(optimised: Curve, position: int) -> bool:
+    """Whether a curve is at least RISE above the base at an evaluation, or its 95 % interval lies above it."""
+    change, error, prompts = optimised.between(0, position)
+    return bool(optimised.changes[position] >= RISE or change > _quantile(0.975, prompts - 1) * error)
 
 
 def _quantile(p: float, freedom: int) -> float:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from align.charts import Series, line_chart
 from align.grids import comparison_grid
-from align.hacking import FALL, RISE, Curve, Parting, Point, curve, parting
+from align.hacking import FALL, Curve, Parting, Point, curve, parting, rose
 from align.runfolder import RunFolder, number_of, parse_config, read_run
 from align.snapshots import base_std, kept_pictures, points
 
@@ -199,13 +199,14 @@ def _agreement(found: Finding) -> Section:
     rise, held = found.optimised.changes[last], found.held_out.changes[last]
     fall = float(np.nanmax(found.held_out.changes[: last + 1]) - held)
     numbers = f"At the last evaluation: {_and(found.optimised.names)} {_units(rise)}, {_and(found.held_out.names)} {_units(held)}."
-    if fall >= FALL and rise >= RISE:
+    risen = rose(found.optimised, last)
+    if fall >= FALL and risen:
         said = "Perhaps hacked: the held-out rewards fell, but not beyond doubt"
         return Section("unclear", said, f"{numbers} More prompts (eval.during) would tell.")
     if fall >= FALL:
-        said = "The held-out rewards fell, and the optimised one did not rise"
-        return Section("unclear", said, f"{numbers} That is a run that diverges, not a hacked reward.")
-    if rise < RISE:
+        said = "The held-out rewards fell, and that the optimised one rose is not beyond doubt"
+        return Section("unclear", said, f"{numbers} That is rather a run that diverges than a hacked reward.")
+    if not risen:
         return Section("unclear", "No sign of hacking, and little change so far", numbers)
     return Section("better" if held > 0 else "unclear", "No sign of hacking", numbers)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,46 +34,95 @@ from rewards.uncertainty import spread as member_spread
 
 RESULTS = ROOT / "benchmarks" / "results" / "overoptimisation.json"
 PAGE = ROOT / "docs" / "methods" / "uncertainty.md"
-FIGURE = ROOT / "docs" / "assets" / "overoptimisation.png"
+ASSETS = ROOT / "docs" / "assets"
 MEMBERS = (1, 2, 3, 4, 5)
 COEFFICIENT = 0.5
 """Of the variance in uwo, with members in the base model's units."""
-COMMITTEE = "configs/playground/ensemble.yaml"
-PULL = "objective.ref_coef"
-"""What pulls to the base: at 1e-9 the distance is measured but not felt."""
-# name -> configuration and overrides
-ARMS: dict[str, tuple[str, list[str]]] = {
-    "single": ("configs/playground/one_proxy.yaml", []),
-    "mean": (COMMITTEE, ["uncertainty.mode=off"]),
-    "wco": (COMMITTEE, ["uncertainty.mode=off", "rewards.committee.args.objective=wco"]),
-    "uwo": (
-        COMMITTEE,
-        [
-            "uncertainty.mode=off",
-            "rewards.committee.args.objective=uwo",
-            f"rewards.committee.args.coefficient={COEFFICIENT}",
-        ],
-    ),
-    "weight": (COMMITTEE, []),
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """What trains the policy, and where its results go."""
+
+    prefix: str
+    """Of its methods' names."""
+    single: str
+    """Configuration with one proxy."""
+    committee: str
+    """Configuration with the committee, its mode of uncertainty weight."""
+    overrides: tuple[str, ...]
+    """Of both."""
+    pull: str
+    """The setting that pulls to the base; at 1e-9 the distance is measured but not felt."""
+    strength: tuple[str, str]
+    """Of the pull, with one proxy and with the committee."""
+    figure: Path
+    mark: str
+    """Of its place in the page."""
+
+    def methods(self) -> dict[str, tuple[str, list[str]]]:
+        """Name -> configuration and overrides."""
+        found = {}
+        for suffix, strengths in (("", ("1e-9", "1e-9")), ("_kl", self.strength)):
+            for arm, changes in ARMS.items():
+                config, strength = (self.single, self.committee)[arm != "single"], strengths[arm != "single"]
+                overrides = [*self.overrides, *changes, f"{self.pull}={strength}"]
+                found[f"{self.prefix}{arm}{suffix}"] = (config, overrides)
+        return found
+
+
+# what is trained -> overrides of the optimiser's configuration
+ARMS: dict[str, list[str]] = {
+    "single": [],
+    "mean": ["uncertainty.mode=off"],
+    "wco": ["uncertainty.mode=off", "rewards.committee.args.objective=wco"],
+    "uwo": [
+        "uncertainty.mode=off",
+        "rewards.committee.args.objective=uwo",
+        f"rewards.committee.args.coefficient={COEFFICIENT}",
+    ],
+    "weight": [],
 }
-METHODS: dict[str, tuple[str, list[str]]] = {
-    **{name: (config, [*overrides, f"{PULL}=1e-9"]) for name, (config, overrides) in ARMS.items()},
-    **{f"{name}_kl": (config, [*overrides, f"{PULL}=0.3"]) for name, (config, overrides) in ARMS.items()},
-}
+MATCHING = Optimiser(
+    prefix="",
+    single="configs/playground/one_proxy.yaml",
+    committee="configs/playground/ensemble.yaml",
+    overrides=(),
+    pull="objective.ref_coef",
+    strength=("0.3", "0.3"),
+    figure=ASSETS / "overoptimisation.png",
+    mark="results",
+)
+BACKPROP = Optimiser(
+    prefix="backprop_",
+    single="configs/playground/flowbp_sparse.yaml",
+    committee="configs/playground/ensemble_backprop.yaml",
+    overrides=("optim.schedule=constant", "train.iterations=30", "eval.every=5", "eval.during=256"),
+    pull="backprop.velocity_penalty",
+    # the penalty is weighed against the score itself, and the committee's unit is about five times the proxy's
+    strength=("0.4", "2"),
+    figure=ASSETS / "overoptimisation-backprop.png",
+    mark="backprop",
+)
+OPTIMISERS = (MATCHING, BACKPROP)
+METHODS = {name: settings for optimiser in OPTIMISERS for name, settings in optimiser.methods().items()}
 COLOURS = {"single": "#57606a", "mean": "#1f6feb", "wco": "#d1611f", "uwo": "#1a7f37", "weight": "#8250df"}
 GROUPS, SIZE = 64, 12
 PROMPTS, STEPS, SEED = "playground:seen_test", 10, 5
 """Of the images that members are examined on."""
-BASE, HACKED = "base", "one proxy, iteration 10"
-"""Whose images the members are examined on."""
+BASE = "base"
+SPLITS = {
+    BASE: None,
+    "one proxy, iteration 10": "single-0/checkpoints/iteration-000010/adapter",
+    "one proxy's gradient, 30": "backprop_single-0/checkpoints/iteration-000030/adapter",
+    "committee's gradient, 30": "backprop_mean-0/checkpoints/iteration-000030/adapter",
+}
+"""Whose images the members are examined on: the base model's and those of policies that were led astray, in the scratch folder."""
 STATISTICS = (
     "uncertainty/mean",
     "uncertainty/corr_reward",
     "weight/ess",
     "ensemble/std_mean",
-    "time/sample",
-    "time/score",
-    "time/train",
 )
 
 
@@ -117,13 +167,11 @@ def add(method: str, seed: int, folder: Path) -> None:
 
 
 def members(methods: list[str], seeds: list[int], scratch: Path) -> None:
-    """What the members are worth, on images of the base and, once there is one, of a policy that hacked one."""
+    """What the members are worth, on images of the base and of the policies that there are; rows of others are kept."""
     base: dict[str, Tensor] = {}
     rows: Rows = []
-    for split, folder in (
-        (BASE, None),
-        (HACKED, scratch / "single-0" / "checkpoints" / "iteration-000010" / "adapter"),
-    ):
+    for split, adapter in SPLITS.items():
+        folder = None if adapter is None else scratch / adapter
         if folder is not None and not folder.is_dir():
             continue
         scores = scores_of(folder, GROUPS, SIZE)
@@ -149,7 +197,8 @@ def members(methods: list[str], seeds: list[int], scratch: Path) -> None:
             _row("mean", split, "gold", gold.mean(dim=1)),
         ]
     found = load()
-    found["rows"] = [r for r in found["rows"] if r["kind"] != "member"] + rows
+    again = {r["split"] for r in rows}
+    found["rows"] = [r for r in found["rows"] if r.get("split") not in again] + rows
     write_json(RESULTS, found)
 
 
@@ -204,18 +253,20 @@ def _row(method: str, split: str, metric: str, values: Tensor) -> dict[str, Any]
 
 
 def show() -> None:
-    """Figure in docs/assets, tables in the page."""
+    """Figures in docs/assets, tables in the page."""
     rows = load()["rows"]
-    present = [m for m in METHODS if any(r["kind"] == "final" and r["method"] == m for r in rows)]
-    parts = [worth(rows)] if any(r["kind"] == "member" for r in rows) else []
-    if present:
-        draw(rows, present)
-        parts += [
-            f"![gold and trained reward against iterations and distance](../assets/{FIGURE.name})",
-            table(rows, present),
-            f"From `benchmarks/results/{RESULTS.name}`.",
-        ]
-    place(PAGE, "\n\n".join(parts))
+    if any(r["kind"] == "member" for r in rows):
+        place(PAGE, worth(rows), "members")
+    for optimiser in OPTIMISERS:
+        present = [m for m in optimiser.methods() if any(r["kind"] == "final" and r["method"] == m for r in rows)]
+        if present:
+            draw(rows, present, optimiser)
+            parts = [
+                f"![gold and trained reward against iterations and distance](../assets/{optimiser.figure.name})",
+                table(rows, present, optimiser),
+                f"From `benchmarks/results/{RESULTS.name}`.",
+            ]
+            place(PAGE, "\n\n".join(parts), optimiser.mark)
 
 
 def curve(rows: Rows, method: str, metric: str) -> list[Rows]:
@@ -229,7 +280,7 @@ def curve(rows: Rows, method: str, metric: str) -> list[Rows]:
     return found
 
 
-def draw(rows: Rows, present: list[str]) -> None:
+def draw(rows: Rows, present: list[str], optimiser: Optimiser) -> None:
     """Gold above and what is trained below; against iterations, and against the distance from the base."""
     import matplotlib
 
@@ -240,7 +291,8 @@ def draw(rows: Rows, present: list[str]) -> None:
     panels = (("iteration", ""), ("iteration", "_kl"), ("distance", ""))
     for row, (metric, label) in enumerate((("verifier", "gold: change"), ("trained", "trained: change, std of base"))):
         for axis, (key, suffix) in zip(axes[row], panels, strict=True):
-            for name, colour in COLOURS.items():
+            for arm, colour in COLOURS.items():
+                name = optimiser.prefix + arm
                 for method, style in ((name + suffix, "-"), (name + "_kl", ":")):
                     if method not in present or (key == "iteration" and style == ":"):
                         continue
@@ -262,17 +314,17 @@ def draw(rows: Rows, present: list[str]) -> None:
     ):
         axis.set_xlabel(text)
     figure.legend(frameon=False, loc="outside upper center", ncols=len(COLOURS))
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=110)
+    optimiser.figure.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(optimiser.figure, dpi=110)
     plt.close(figure)
 
 
-def table(rows: Rows, present: list[str]) -> str:
+def table(rows: Rows, present: list[str], optimiser: Optimiser) -> str:
     """Markdown table, one row a method: means over the seeds with their interval."""
     lines = [
         "| method | seeds | highest gold, at iteration | gold at the end | kept of the highest | minus `single` at the end | "
-        "trained at the end | distance | reward passes | seconds of scoring |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "trained at the end | distance | reward passes |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     ends = {m: {c[-1]["seed"]: c[-1]["mean"] for c in curve(rows, m, "verifier")} for m in present}
     for method in present:
@@ -281,22 +333,18 @@ def table(rows: Rows, present: list[str]) -> str:
         means = [statistics.mean(p["mean"] for p in point) for point in points]
         peak = max(range(len(means)), key=lambda i: means[i])
         trained = [c[-1]["mean"] for c in curve(rows, method, "trained")]
-        against = "single_kl" if method.endswith("_kl") else "single"
+        against = optimiser.prefix + ("single_kl" if method.endswith("_kl") else "single")
         paired = [value - ends[against][s] for s, value in ends[method].items() if s in ends.get(against, {})]
-        cost = [
-            r["mean"] for r in rows if r["kind"] == "statistic" and (r["method"], r["metric"]) == (method, "time/score")
-        ]
         cells = [
             f"`{method}`",
             str(len(gold)),
             f"{means[peak]:+.3f}, {points[peak][0]['iteration']}",
             spread([c[-1]["mean"] for c in gold]),
-            f"{means[-1] / means[peak]:.0%}" if means[peak] > 0 else "",
+            f"{means[-1] / means[peak]:.0%}" if means[peak] > 0 and means[-1] > 0 else "nothing",
             "" if method == against else spread(paired),
             spread(trained),
             f"{statistics.mean(c[-1]['distance'] for c in gold):.3f}",
-            "1" if method.startswith("single") else str(len(MEMBERS)),
-            f"{statistics.median(cost):.1f}" if cost else "",
+            "1" if "single" in method else str(len(MEMBERS)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     first = curve(rows, present[0], "verifier")[0][0]
@@ -304,8 +352,7 @@ def table(rows: Rows, present: list[str]) -> str:
         f"\nChanges against the base on the curve's {first['n']} held-out prompts, same noise; what is trained in standard "
         "deviations of the base model's scores, so those of different methods are different rewards. Means over seeds, with 95 % "
         "intervals (Student's t); `minus` pairs runs of equal seed. The highest point of a mean curve is picked after the fact and "
-        "flattered by its noise. Distance: mean (v - v_ref)² at the end. Seconds an iteration spends on decoding and scoring, in "
-        "runs that shared the machine."
+        "flattered by its noise. Distance: mean (v - v_ref)² at the end, where the method trains."
     )
     return "\n".join(lines)
 
@@ -313,7 +360,7 @@ def table(rows: Rows, present: list[str]) -> str:
 def worth(rows: Rows) -> str:
     """Markdown tables of what `members` found."""
     found = {(r["split"], r["method"], r["metric"]): r for r in rows if r["kind"] == "member"}
-    splits = [s for s in (BASE, HACKED) if any(key[0] == s for key in found)]
+    splits = [s for s in SPLITS if any(key[0] == s for key in found)]
     judges = [*[f"member {m}" for m in MEMBERS], "mean", "wco", "uwo"]
 
     def cell(split: str, method: str, metric: str) -> str:

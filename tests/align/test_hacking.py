@@ -6,6 +6,7 @@ import json
 import math
 import runpy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from align.evaluate import Evaluation
-from align.hacking import FALL, Point, curve, parting
+from align.hacking import FALL, RISE, Point, curve, parting
 from align.hacking_report import find, metrics_of, parts_of_trained, roles, section, warning_of
 from align.prompts import Prompt
 from align.report import write_report
@@ -67,6 +68,18 @@ def test_no_alarm_where_both_rise_or_both_fall():
     assert parted(evaluations(RISING, [0, 0.1, 0.3, 0.4, 0.5, 0.5, 0.45, 0.4])) is None
     diverged = [0, 0.5, 1.0, 1.5, 0.9, 0.5, 0.3, 0.3]  # still above the base, but falling as the held-out one does
     assert parted(evaluations(diverged, [0, 0.3, 0.5, 0.6, 0.3, 0.0, -0.3, -0.5])) is None
+
+
+def test_a_rise_of_less_than_a_quarter_counts_where_its_interval_lies_above_the_base():
+    gold = [0, 0.1, -0.2, -0.4, -0.6]
+    signs = np.resize([1.0, -1.0], PROMPTS)
+    for swing, expected in ((0.2, (10, 20)), (1.5, None)):  # .2 is 8 and 1.1 standard errors
+        found = []
+        for point in evaluations([0] * 5, gold):
+            rise = np.array(point.scores["proxy"]) + UNITS["proxy"] * (0.2 + swing * signs) * (point.iteration > 0)
+            found.append(replace(point, scores={**point.scores, "proxy": rise.tolist()}))
+        assert 0.19 < curve(found, UNITS, {"proxy": 1.0}).changes.max() < RISE
+        assert parted(found) == expected
 
 
 def test_an_alarm_is_void_once_the_held_out_reward_climbs_above_where_it_fell_from():
