@@ -196,7 +196,7 @@ def combined_advantages(
         normalised, found = group_advantages(rewards[name], everyone, groups, own, *trusted)
         if config.rule == "rank":
             normalised = ranks(rewards[name], groups, advantage.min_valid)
-            if confidence is not None:
+            if any(x is not None for x in trusted):
                 normalised = weighted_centre(normalised, ~rewards[name].isnan(), groups, *trusted)
         parts[name] = normalised.double() * factor
         stats[f"advantage/{name}_zero_spread"] = found["zero_spread_fraction"]

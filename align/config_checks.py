@@ -356,6 +356,7 @@ def _uncertainty_cases(config: Config) -> list[Case]:
     return [
         *cases,
         (weight and settings.positive_only, "uncertainty.weighted_baseline", "uncertainty.positive_only is true"),
+        (weight and settings.positive_only, "uncertainty.renormalise", "uncertainty.positive_only is true"),
         (not (weight and gradient), "uncertainty.detach_weight", "it acts with mode weight and reward_gradient"),
         (off, "uncertainty.sources", idle),
         *(

@@ -62,7 +62,8 @@ class UncertaintyConfig:
     weighted_baseline: bool = True
     """weight: the weights also enter mean and std of the group, so that they do not push all its images one way."""
     positive_only: bool = False
-    """weight: only advantages above 0 are weighted, as hacking is over-estimation; without the weighted baseline."""
+    """weight: only advantages above 0 are weighted, as hacking is over-estimation; by the weights themselves, without the
+    weighted baseline, so that nothing is praised more than without uncertainty."""
     shuffled: bool = False
     """weight: deal the uncertainties of an iteration to its images at random: the control that any effect of knowing which
     images are doubtful must beat."""
@@ -120,7 +121,7 @@ class Confidence:
     doubt: Tensor | None
     """Standard deviations of its group by which a reward is lowered; None: 0."""
     factor: Tensor
-    """Weights over their mean."""
+    """Weights over their mean; with `positive_only` the weights."""
     positive_only: bool = False
 
     def statistics(self, sign: float = 1.0) -> tuple[Tensor | None, Tensor | None]:
@@ -141,16 +142,18 @@ def confidence(uncertainty: Tensor, known: Tensor, groups: Tensor, config: Uncer
     doubtful = uncertainty.detach().double()
     weights = trust(doubtful, config.kappa, config.w_min)
     mean = torch.ones_like(weights)
-    if config.renormalise != "none":
+    if config.renormalise != "none" and not config.positive_only:
         scope = groups if config.renormalise == "group" else torch.zeros_like(groups)
         _, index = torch.unique(scope, return_inverse=True)
         zeros = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=torch.float64)
         count = zeros.index_add(0, index, known.double())
         total = zeros.index_add(0, index, weights * known)
         mean = torch.where(count > 0, total / count.clamp_min(1), 1.0)[index]
+    # equal weights are none, and are not to change the last bits of a mean
+    equal = len(weights) == 0 or bool((weights == weights[0]).all())
     return Confidence(
         weights,
-        weights if config.weighted_baseline and not config.positive_only else None,
+        weights if config.weighted_baseline and not config.positive_only and not equal else None,
         config.eta * doubtful if config.eta > 0 else None,
         weights / mean,
         config.positive_only,

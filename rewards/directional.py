@@ -135,12 +135,11 @@ def load_direction(path: str, base: CLIPScore) -> Tensor:
     try:
         with safe_open(Path(path).expanduser(), framework="pt") as file:
             found = {key: file.get_tensor(key) for key in ("direction", "probes")}
-            kind = (file.metadata() or {}).get("base", "another reward")
     except (OSError, SafetensorError) as problem:
         raise RewardError(f"reward '{base.name}': direction {path} cannot be read ({problem}): {remedy}") from None
     probes = _probes(base)
     if found["probes"].shape != probes.shape or bool(((found["probes"] * probes).sum(-1) < _SAME).any()):
-        raise RewardError(f"reward '{base.name}': direction {path} was found for {kind} of other weights: {remedy}")
+        raise RewardError(f"reward '{base.name}': direction {path} was found for another reward or one of other weights: {remedy}")
     if found["direction"].shape != probes.shape[1:] or not bool(found["direction"].isfinite().all()):
         raise RewardError(f"reward '{base.name}': direction {path} is broken: {remedy}")
     return found["direction"]

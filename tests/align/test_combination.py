@@ -330,9 +330,11 @@ def test_the_unit_of_a_metric_does_not_decide_and_rounding_is_no_difference(tmp_
         return 0.6 * found["a"] + found["b"]
 
     torch.testing.assert_close(total(1000.0), total(1.0), atol=1e-5, rtol=1e-5)
-    # differences of one float32 step, 6e-8 at .5, are a hundredth of the floor and not of their own std
+    # differences of a few float32 steps, 6e-8 at .5, are divided by the floor of 1e-6 and not by their own std
     alone = 0.6 * (scores["a"] - base["a"].mean()) / base["a"].std(correction=0)
-    assert (total(1.0, noise=1e-7) - alone).abs().max() < 1
+    stored, now = ((0.5 + 1e-7 * x["b"]).double() for x in (base, scores))
+    floored = (now - stored.mean()).float() / 1e-6
+    torch.testing.assert_close(total(1.0, noise=1e-7), alone + floored, atol=1e-5, rtol=1e-5)
 
 
 def test_a_whole_run_standardises_by_its_own_base_evaluation(tmp_path, write_config, train_here):
@@ -413,6 +415,14 @@ def test_multipliers_step_as_in_the_released_code():
         thousand = advanced({"eta": 0.0, "velocity": 0.0}, 300.0, 440.0, 1000.0, settings)
         assert thousand["eta"] == pytest.approx(after["eta"])
         assert advanced(after, NAN, 0.44, 1.0, settings) == after
+
+
+def test_a_multiplier_follows_a_running_mean_with_momentum():
+    # .9 x .3 + .1 x .5 = .32, so the gradients are -.14 and -.12 (1 - tanh^2(.014)) = -.1199765; to the second step a
+    # tenth of the first is added: .014 + .1 (.1199765 + .1 x .14) = .0273976
+    once = advanced({"eta": 0.0, "velocity": 0.0}, 0.3, 0.44, 1.0, ConstraintConfig())
+    twice = advanced(once, 0.5, 0.44, 1.0, ConstraintConfig())
+    assert [once["eta"], twice["eta"], twice["mean"]] == pytest.approx([0.014, 0.0273976, 0.32], abs=1e-7)
 
 
 def test_a_multiplier_turns_against_an_overshoot_no_further_than_its_limit_and_comes_back_at_once():

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from align.collect import collect
-from align.confidence import FILE, doubts, ensemble_spread
+from align.confidence import FILE, doubtful_metrics, doubts, ensemble_spread
 from align.config import load_config
 from align.errors import UserError
 from align.inference import chosen_rewards, load_target
@@ -91,7 +91,6 @@ def test_a_continued_run_ends_like_one_that_was_not_stopped(configure, tmp_path,
         "uncertainty/rank_disagreement",
     } <= set(keys)  # fmt: skip
     assert [{k: row.get(k) for k in keys} for row in whole] == [{k: row.get(k) for k in keys} for row in cut]
-    assert all(1 <= row["weight/ess"] <= 8 for row in whole)
     # the unit of the committee is the base model: there its members have mean 0 and std 1
     base = torch.tensor(json.loads((tmp_path / "whole" / "eval" / "base.json").read_text())["scores"]["committee"])
     assert float(base.mean()) == pytest.approx(0.0, abs=1e-5)
@@ -144,6 +143,30 @@ def test_quantiles_of_what_needs_groups_come_from_the_first_iterations_and_then_
     assert seen[3] is not None
     assert seen[3] == seen[4] == seen[5]
     assert run.trust.pools == {}
+
+
+def test_what_is_logged_of_eight_images_of_a_group_has_known_values(begin):
+    run = begin({"mode": "weight"})
+    run.trust.quantiles, run.trust.units = {"native/committee": [1.0, 3.0]}, {"committee": 1.0}
+    doubt = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 11.0])  # over the unit of 2: 0, .5, ..., 3.5; 5
+    reward = torch.tensor([*doubt[:8].exp(), NAN])  # of the ninth, the most doubtful, nothing is known
+    scores = Scores({}, {}, {uncertainty_key("committee"): doubt})
+    weights = [math.exp(-u) for u in (0, 0.5, 1, 1.5, 2)] + [0.1] * 3  # exp(-2.5) = .082
+    expected = {
+        "uncertainty/mean": 1.75,
+        "uncertainty/q90": 3.15,  # .9 x 7 = 6.3: from the seventh, 3, three tenths of the way to the eighth, 3.5
+        "uncertainty/frac_floor": 3 / 8,
+        "weight/ess": sum(weights) ** 2 / sum(w**2 for w in weights),
+    }
+    for final, correlation in ((reward, 1.0), (torch.cat([reward[:8].flip(0), reward[8:]]), -1.0)):
+        metrics: dict[str, float] = {}
+        doubts(run, scores, final, ~final.isnan(), torch.zeros(9, dtype=torch.long), metrics)
+        assert metrics.pop("uncertainty/corr_reward") == pytest.approx(correlation)
+        assert metrics.pop("uncertainty/native/committee") == pytest.approx(47 / 9)
+        assert metrics == pytest.approx(expected)
+    # where the reward's own gradient is trained, of every image that is scored
+    told = {uncertainty_key("committee"): torch.tensor([*doubt[:8], NAN])}
+    assert doubtful_metrics(run, told) == pytest.approx(expected)
 
 
 def test_several_sources_count_by_the_most_doubtful(begin):

@@ -93,6 +93,7 @@ def test_the_second_timestep_stays_on_the_schedule():
 def test_who_is_judged_is_told_by_the_primary_timestep():
     first = torch.tensor([10, 400, 401, 999])
     assert active(first, 0, 400).tolist() == [True, True, False, False]
+    assert active(first, 11, 400).tolist() == [False, True, False, False]
     assert int(second_timestep(first, 1, 999)[1]) == 401  # its auxiliary timestep is beyond the limit
 
 
@@ -226,13 +227,23 @@ def test_where_the_scale_stands():
     assert settings.penalty_weight("probabilistic") == 1.0
     assert settings.penalty_weight("continuous") == 0.1
     assert exponents == pytest.approx({"probabilistic": 0.1, "continuous": 1.0}, rel=1e-5)
+    inside = replace(settings, scale_inside_exp=True)
+    found = consistency(outputs["continuous"], maps, "continuous", inside)
+    assert (float(found.weight), float(found.penalty)) == pytest.approx((math.exp(-0.025), 0.025), abs=1e-6)
+    assert inside.penalty_weight("continuous") == 1.0
+    assert replace(settings, eta=0.3).penalty_weight("continuous") == 0.3
+    turned = replace(settings, u_scale=1.0, kl_direction="primary_to_aux")
+    found = consistency(outputs["probabilistic"], targets["probabilistic"], "probabilistic", turned)
+    assert float(found.penalty) == pytest.approx(0.1438410, abs=1e-6)
 
 
 def test_half_precision_outputs_of_any_size_stay_finite():
     first = torch.tensor([200.0, -200.0, 0.0], dtype=torch.float16).view(1, 3, 1, 1)
     outputs = torch.cat([first, first.flip(1)])
     found = consistency(outputs, torch.zeros(1, 1, 1, dtype=torch.int64), "probabilistic", BOTH)
-    assert found.loss.dtype == torch.float32
+    assert found.loss.dtype == found.penalty.dtype == torch.float32
+    for kind in ("probabilistic", "continuous"):  # before anything is taken apart: float16 would round the difference
+        assert disagreement(first, first.flip(1), kind).dtype == torch.float32
     assert all(bool(value.isfinite().all()) for value in vars(found).values())
     assert float(found.penalty) == 200.0
 

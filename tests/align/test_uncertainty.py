@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from align.advantages import AdvantageConfig, group_advantages
+from align.advantages import AdvantageConfig, group_advantages, weighted_centre
 from align.combination import CombineConfig, combined_advantages
 from align.config import parse_config
 from align.config_checks import without_effect
@@ -54,7 +54,11 @@ def test_a_worked_example_and_the_bias_of_an_unweighted_baseline():
     assert sd == pytest.approx(0.7284314, abs=1e-6)
     expected = torch.tensor([[4 / 7 / sd], [-3 / 14 / sd], [-5 / 14 / sd]], dtype=torch.float64)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    assert abs(float(found.sum())) < 1e-6
+    assert abs(float(found.sum())) < 1e-6  # advantages are float32 before the weight; without a division they are not:
+    weights = torch.tensor([[1.0], [0.5], [0.25]], dtype=torch.float64)
+    centred = weights * weighted_centre(rewards, torch.ones(3, 1, dtype=torch.bool), ONE_GROUP, weights[:, 0], None)
+    assert centred.flatten().tolist() == pytest.approx([4 / 7, -3 / 14, -5 / 14], abs=1e-12)
+    assert abs(float(centred.sum())) < 1e-12
     plain = UncertaintyConfig(mode="weight", eta=0.0, renormalise="none", weighted_baseline=False)
     biased = weighted(rewards, THREE, ONE_GROUP, plain) * math.sqrt(2 / 3)  # in units of the reward
     assert float(biased.sum()) == pytest.approx(0.75, abs=1e-6)
@@ -103,6 +107,29 @@ def test_no_kappa_and_no_eta_is_no_uncertainty_bit_for_bit():
     settings = UncertaintyConfig(mode="weight", kappa=0.0, eta=0.0)
     plain, _ = group_advantages(rewards, torch.ones(30, dtype=torch.bool), groups, AdvantageConfig())
     assert torch.equal(weighted(rewards, doubt, groups, settings, AdvantageConfig()).float(), plain)
+
+
+@pytest.mark.parametrize("rule", ["decoupled", "rank"])
+def test_equal_weights_change_no_bit_of_several_rewards(rule):
+    """Also where ranks tie and scores are missing: an image without a signal keeps exactly 0."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(30) // 6
+    arguments = (groups, CombineConfig(rule=rule), AdvantageConfig(), {})
+    settings = UncertaintyConfig(mode="weight", eta=0.0, kappa=0.0)
+    for _ in range(40):
+        parts = {name: torch.randn(30, 1, generator=generator).round(decimals=1) for name in "ab"}
+        parts["a"][torch.randint(30, (2,), generator=generator)] = NAN
+        scores = {name: values[:, -1] for name, values in parts.items()}
+        doubt = 3 * torch.rand(30, generator=generator, dtype=torch.float64)
+        trusted = confidence(doubt, torch.ones(30, dtype=torch.bool), groups, settings)
+        plain, weighed = (
+            combined_advantages(parts, {"a": 1.0, "b": 2.0}, scores, *arguments, found)[0] for found in (None, trusted)
+        )
+        assert torch.equal(weighed, plain)
+    equal = confidence(
+        torch.full_like(doubt, 1.3), torch.ones(30, dtype=torch.bool), groups, UncertaintyConfig(eta=0.0)
+    )
+    torch.testing.assert_close(combined_advantages(parts, {"a": 1.0, "b": 2.0}, scores, *arguments, equal)[0], plain)
 
 
 def test_a_steep_weight_leaves_the_least_weight_but_to_the_certain():
@@ -156,7 +183,7 @@ def test_the_order_of_the_samples_is_no_matter():
 
 def test_only_praise_is_weighted_if_asked():
     rewards, doubt, groups = batch()
-    settings = UncertaintyConfig(mode="weight", eta=0.0, positive_only=True, renormalise="none")
+    settings = UncertaintyConfig(mode="weight", eta=0.0, positive_only=True)  # whatever renormalise says
     plain, _ = group_advantages(rewards, torch.ones(30, dtype=torch.bool), groups, PER_GROUP)
     found = weighted(rewards, doubt, groups, settings)
     weights = torch.exp(-doubt).clamp_min(0.1).unsqueeze(1)
@@ -275,10 +302,12 @@ def test_settings_nobody_reads_are_said():
         "auxiliaries": ["w"],
         "positive_only": True,
         "weighted_baseline": False,
+        "renormalise": "group",
     }
     weights = parse_config(settings({"uncertainty": changes}))
     assert [line for line in without_effect(weights) if line.startswith("uncertainty")] == [
         "uncertainty.gate_min has no effect: uncertainty.mode is weight",
         "uncertainty.weighted_baseline has no effect: uncertainty.positive_only is true",
+        "uncertainty.renormalise has no effect: uncertainty.positive_only is true",
         "uncertainty.auxiliaries has no effect: rank_disagreement is no source",
     ]

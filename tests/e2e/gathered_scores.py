@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from align.advantages import AdvantageConfig, group_advantages
 from align.geometry import Geometry, local_order
 from align.scoring import RewardFailure, gather_scores
+from align.uncertainty import UncertaintyConfig, confidence
 from rewards.base import RewardError
 
 GROUPS, SIZE = 6, 4
@@ -35,16 +36,22 @@ def work(folder: Path, rank: int, processes: int, port: int) -> None:
     known = torch.rand(total, generator=torch.Generator().manual_seed(0))
     known[[3, 8, 9, 10, 11]] = float("nan")  # one of a group, and all of another
     order = local_order(Geometry(processes, total, GROUPS, 1, 1, 1), rank, 0, 0)[0]
-    scores = gather_scores(accelerator, {"f": known[order]}, ["f"], order, total)
+    doubt = 3 * torch.rand(total, generator=torch.Generator().manual_seed(1))
+    doubt[5] = float("nan")  # not said
+    scores = gather_scores(accelerator, {"f": known[order], "doubt": doubt[order]}, ["f", "doubt"], order, total)
     groups = torch.arange(total) // SIZE
-    advantages, _ = group_advantages(scores.values["f"], scores.valid["f"], groups, AdvantageConfig())
+    values, valid = scores.values["f"], scores.valid["f"]
+    advantages, _ = group_advantages(values, valid, groups, AdvantageConfig())
+    trusted = confidence(scores.values["doubt"].nan_to_num(0.0), valid, groups, UncertaintyConfig(mode="weight"))
+    plain, _ = group_advantages(values, valid, groups, AdvantageConfig(), *trusted.statistics())
+    weighted = trusted.applied(plain.double().view(total, -1)).flatten()
     broken = RewardError("reward 'f' failed: no such file") if rank == processes - 1 else {"f": known[order]}
     words = ""
     try:
         gather_scores(accelerator, broken, ["f"], order, total)
     except RewardFailure as problem:
         words = str(problem)
-    found = {"advantages": advantages.tolist(), "mine": order, "words": words}
+    found = {"advantages": advantages.tolist(), "weighted": weighted.tolist(), "mine": order, "words": words}
     (folder / f"{processes}-{rank}.json").write_text(json.dumps(found))
     accelerator.end_training()
 

@@ -25,7 +25,10 @@ LAUNCHERS = {
     "accelerate": [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }
-COMPARED = ("reward/", "eval/", "train/", "values/", "sample/", "credit/", "select/", "weight/", "ensemble/")
+COMPARED = (
+    "reward/", "eval/", "train/", "values/", "sample/", "credit/", "select/", "weight/", "ensemble/", "uncertainty/",
+    "advantage/", "gate/", "constraint/",
+)  # fmt: skip
 # The clip is a threshold: a ratio beside it could fall on either side of it by rounding, so it is set far away.
 CHANGES: dict[str, dict[str, Any]] = {
     "flow_grpo": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 
@@ -12,19 +11,34 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import align.fit_direction
+import rewards.directional
 from align.cli import app
 from align.config import load_config
 from align.errors import UserError
 from align.fit_direction import run_fit
+from align.models.base import load_model
 from align.runfolder import metric_rows
 from rewards.base import RewardError
 
 pytestmark = pytest.mark.e2e
 
 
-def digests(folder: Path) -> dict[str, str]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+def kept_results(monkeypatch, module, name: str) -> list:
+    """The list that from here on also keeps what the function `name` of `module` returns."""
+    function, kept = getattr(module, name), []
+
+    def keeping(*args):
+        kept.append(function(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(module, name, keeping)
+    return kept
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    parts = {n: part for n, part in model.pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {f"{n}.{key}": value.cpu() for n, part in parts.items() for key, value in part.state_dict().items()}
 
 
 @pytest.fixture
@@ -39,8 +53,8 @@ def config(write_config, tmp_path: Path) -> Path:
     return write_config(tmp_path, "refl", changes)
 
 
-def test_two_stages_with_the_published_commands(config, sd35, train_here, tmp_path: Path):
-    before = digests(sd35)
+def test_two_stages_with_the_published_commands(config, train_here, tmp_path: Path, monkeypatch):
+    sampled_from = kept_results(monkeypatch, align.fit_direction, "load_model")
     with pytest.raises(RewardError, match="align fit-direction"):
         train_here(config)
     options = ["--prompts", "2", "--images", "3", "--steps", "50", "--norm", "0.1"]
@@ -50,11 +64,14 @@ def test_two_stages_with_the_published_commands(config, sd35, train_here, tmp_pa
     file = tmp_path / "found" / "direction.safetensors"
     direction = load_file(file)["direction"]
     assert 0 < direction.norm() <= 0.1 + 1e-6
-    assert digests(sd35) == before
-    kept = file.read_bytes()
+    found, untouched = weights(sampled_from[0]), weights(load_model(load_config(config).model))
+    assert found.keys() == untouched.keys()
+    assert all(torch.equal(found[key], untouched[key]) for key in untouched)
+    trained_along = kept_results(monkeypatch, rewards.directional, "load_direction")
     assert train_here(config, "name=second") is not None
-    assert digests(sd35) == before
-    assert file.read_bytes() == kept
+    assert trained_along
+    assert all(torch.equal(b, direction) for b in trained_along)
+    assert torch.equal(load_file(file)["direction"], direction)
     rows = [r for r in metric_rows(tmp_path / "second" / "metrics.jsonl")[0] if r["kind"] == "train"]
     assert all(r["train/adjoint_norm"] > 0 for r in rows)
 

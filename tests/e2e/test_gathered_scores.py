@@ -33,8 +33,12 @@ def test_one_two_and_four_processes_form_the_same_advantages_and_stop_together(t
     assert advantages[8:12] == [0] * 4
     assert abs(sum(advantages[:3])) < 1e-5
     assert len({round(x, 4) for x in advantages}) == 20  # 19 scores that differ, and 0
+    weighted = sets[1][0]["weighted"]
+    assert weighted[8:12] == [0] * 4
+    assert max(abs(sum(weighted[4 * g : 4 * g + 4])) for g in range(6)) < 1e-5
+    assert max(abs(a - b) for a, b in zip(weighted, advantages, strict=True)) > 0.1
     for processes, found in sets.items():
         assert sorted(i for one in found for i in one["mine"]) == list(range(24))
-        assert all(one["advantages"] == advantages for one in found)
+        assert all(one["advantages"] == advantages and one["weighted"] == weighted for one in found)
         told = ["a reward failed on another process"] * (processes - 1) + ["reward 'f' failed: no such file"]
         assert [one["words"] for one in found] == told

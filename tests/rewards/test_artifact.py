@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,28 @@ def test_a_hopeless_image_keeps_its_gradient_and_a_surely_clean_one_has_none(det
     assert moved > odds[low]
 
 
+def check_gradient_of_one_pixel(path, batch):
+    """d score / d image of the detector in the folder `path` is its finite difference, where the clip cuts nothing."""
+    reward = ArtifactReward(str(path), clip=1e3)
+    reward.setup(CPU, torch.float64)
+    leaf = batch.images[:1].double().requires_grad_()
+    reward.score(replace(batch, images=leaf)).scores.sum().backward()
+    gradient = leaf.grad[0]
+    pixel = np.unravel_index(int(gradient.abs().argmax()), gradient.shape)
+    step = torch.zeros_like(leaf.detach())
+    step[0][pixel] = 1e-6
+    with torch.no_grad():
+        up, down = (reward.log_odds(leaf + sign * step).item() for sign in (1, -1))
+    # The log of a cell's contrast bends within sqrt(1e-5) = 3e-3: truncation is about (step / 3e-3)^2 = 1e-7, rounding
+    # about 1e-15 / step = 1e-9.
+    assert (up - down) / 2e-6 == pytest.approx(gradient[pixel].item(), rel=1e-4)
+
+
+def test_gradient_of_one_pixel_equals_the_finite_difference(detector, make_batch):
+    # not of a drawn image: its flat cells are equally smooth, and a quantile of equal values has a kink
+    check_gradient_of_one_pixel(detector, make_batch(1))
+
+
 def test_it_keeps_the_contract_of_rewards(detector):
     found = build_reward("artifact", RewardConfig("artifact", args={"path": str(detector)}))
     assert [verdict for verdict in check(found) if verdict.status == FAIL] == []
@@ -159,6 +182,7 @@ def test_tokens_of_a_network_are_used_where_they_tell_what_texture_does_not(tmp_
     expected = found @ head.weight + head.bias
     output = checked_score(reward, make_batch(120, images=images))
     torch.testing.assert_close(output.components["log_odds"], expected, atol=1e-3, rtol=1e-3)
+    check_gradient_of_one_pixel(tmp_path / "head", make_batch(1, images=images[:1]))
     # another network under the same name is noticed
     torch.manual_seed(2)
     Dinov2Model(Dinov2Config(image_size=28, patch_size=14, layerscale_value=1.0, **size)).save_pretrained(

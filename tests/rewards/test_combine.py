@@ -96,6 +96,13 @@ def test_behind_a_gate_that_a_whole_group_fails_nothing_is_left():
     assert found.flatten().tolist() == [0, 0, 0, -1]
 
 
+def test_dense_rewards_count_only_above_the_threshold_of_the_outcome():
+    outcome = torch.tensor([0.0, 0.5, 1.0])
+    parts = {"outcome": outcome.unsqueeze(1), "a": torch.full((3, 1), 0.4), "b": torch.full((3, 1), 0.7)}
+    found = gated(parts, {"outcome": outcome}, {"outcome": 0.5}, torch.zeros(3, dtype=torch.long))
+    assert sum(found.values()).flatten().tolist() == pytest.approx([0.0, 0.5, 2.1])
+
+
 def test_gates_are_a_ladder_in_the_order_given():
     scores = {"first": torch.tensor([0.0, 1.0, 1.0]), "second": torch.tensor([1.0, 0.0, 1.0])}
     parts = {name: torch.ones(3, 1) for name in ("dense", "second", "first")}

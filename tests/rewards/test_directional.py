@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rewards import RewardBatch, RewardConfig, RewardError, build_reward, checked_score
+from rewards.conformance import FAIL, check
 from rewards.directional import DirectionalReward, fit_direction, guided_text, save_direction
 
 CPU = torch.device("cpu")
@@ -61,9 +64,9 @@ def file(base_config, tmp_path: Path) -> Path:
     return path
 
 
-def guided(base: dict, file: Path, **args) -> DirectionalReward:
+def guided(base: dict, file: Path, dtype: torch.dtype = torch.float32, **args) -> DirectionalReward:
     reward = build_reward("guided", RewardConfig("d2align", args={"base": base, "direction": str(file), **args}))
-    reward.setup(CPU, torch.float32)
+    reward.setup(CPU, dtype)
     assert isinstance(reward, DirectionalReward)
     return reward
 
@@ -90,6 +93,28 @@ def test_gradients_reach_the_images_and_never_the_direction(base_config, file, m
     assert not reward.direction.requires_grad
     assert reward.direction.grad is None
     assert torch.equal(reward.direction, before)
+
+
+def test_gradient_of_one_pixel_equals_the_finite_difference(base_config, file, make_batch):
+    reward, batch = guided(base_config, file, torch.float64), make_batch(1)
+    leaf = batch.images.double().requires_grad_()
+    reward.score(dataclasses.replace(batch, images=leaf)).scores.sum().backward()
+    gradient = leaf.grad[0]
+    pixel = np.unravel_index(int(gradient.abs().argmax()), gradient.shape)
+    step = torch.zeros_like(leaf.detach())
+    step[0][pixel] = 1e-4
+    # The score is rounded to float32, too coarse for a difference.
+    text = guided_text(reward.base.embed_texts(batch.prompts), reward.direction.double(), 1.5)
+    with torch.no_grad():
+        up, down = ((reward.base.embed_images(leaf + sign * step) * text).sum().item() for sign in (1, -1))
+    # Central difference: truncation is about step^2 = 1e-8, rounding about 1e-16 / step = 1e-12.
+    assert (up - down) / 2e-4 == pytest.approx(gradient[pixel].item(), rel=1e-4)
+
+
+def test_it_keeps_the_contract_of_rewards(base_config, file):
+    args = {"base": base_config, "direction": str(file)}
+    reward = build_reward("d2align", RewardConfig("d2align", args=args))
+    assert [verdict for verdict in check(reward) if verdict.status == FAIL] == []
 
 
 def test_the_search_raises_the_score_and_touches_no_network(base_config):
