@@ -139,7 +139,9 @@ def load_direction(path: str, base: CLIPScore) -> Tensor:
         raise RewardError(f"reward '{base.name}': direction {path} cannot be read ({problem}): {remedy}") from None
     probes = _probes(base)
     if found["probes"].shape != probes.shape or bool(((found["probes"] * probes).sum(-1) < _SAME).any()):
-        raise RewardError(f"reward '{base.name}': direction {path} was found for another reward or one of other weights: {remedy}")
+        raise RewardError(
+            f"reward '{base.name}': direction {path} was found for another reward or one of other weights: {remedy}"
+        )
     if found["direction"].shape != probes.shape[1:] or not bool(found["direction"].isfinite().all()):
         raise RewardError(f"reward '{base.name}': direction {path} is broken: {remedy}")
     return found["direction"]
