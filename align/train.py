@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ from align.errors import UserError
 from align.evaluate import Evaluation, conditions_of, evaluate, half_width, paired_interval
 from align.geometry import geometry, geometry_table, memory_estimate
 from align.grids import as_image, comparison_grid, save_png
-from align.hacking_report import metrics_of, warning_of
+from align.hacking_report import metrics_of, parts_of_trained, warning_of
 from align.launch import follow_launcher, spread_over_cpus
 from align.loops import iteration_of
 from align.prompts import load_prompts
@@ -103,8 +104,16 @@ def print_plan(config: Config, console: Console) -> None:
     console.print(table)
 
 
+def notes(config: Config) -> list[str]:
+    """What a person may not have meant, one line each."""
+    lines, watched = without_effect(config), config.early_stop.reward
+    if watched in parts_of_trained(asdict(config)):
+        lines.append(f"early_stop.reward: '{watched}' is a part of what is trained and rises with it; watch another")
+    return lines
+
+
 def _print_notes(config: Config, console: Console) -> None:
-    for line in without_effect(config):
+    for line in notes(config):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from align.config import CONFIG_DIR, load_config
 from align.early_stop import EarlyStopConfig, Verdict, Watch, judge
 from align.errors import UserError
+from align.train import notes
 from rewards.registry import RewardConfig
 
 TRAINED = {"proxy": RewardConfig("clip"), "logged": RewardConfig("jpeg", weight=0.0)}
@@ -167,3 +169,9 @@ def test_every_mistake_is_told():
         "patience: must be at least 1, got 0",
     ]
     assert errors(every=0) == []  # nothing is watched
+
+
+@pytest.mark.parametrize(("reward", "told"), [("proxy", True), ("verifier", False)])
+def test_a_member_of_the_trained_ensemble_is_a_poor_watch(reward, told):
+    config = load_config(CONFIG_DIR / "playground" / "ensemble.yaml", [f"early_stop.reward={reward}"])
+    assert any("'proxy' is a part of what is trained and rises with it" in line for line in notes(config)) == told
