@@ -17,7 +17,7 @@ from PIL import Image
 
 from align.charts import Series, line_chart
 from align.grids import comparison_grid
-from align.hacking import FALL, Curve, Parting, Point, curve, parting, rose
+from align.hacking import FALL, RISE, Curve, Parting, Point, curve, diverged, parting
 from align.runfolder import RunFolder, number_of, parse_config, read_run
 from align.snapshots import base_std, kept_pictures, points
 
@@ -196,19 +196,18 @@ def _hacked(run: RunFolder, config: Mapping[str, Any], found: Finding) -> Sectio
 
 def _agreement(found: Finding) -> Section:
     last = found.last
+    best = int(np.nanargmax(found.held_out.changes[: last + 1]))
     rise, held = found.optimised.changes[last], found.held_out.changes[last]
-    fall = float(np.nanmax(found.held_out.changes[: last + 1]) - held)
     numbers = f"At the last evaluation: {_and(found.optimised.names)} {_units(rise)}, {_and(found.held_out.names)} {_units(held)}."
-    risen = rose(found.optimised, last)
-    if fall >= FALL and risen:
-        said = "Perhaps hacked: the held-out rewards fell, but not beyond doubt"
-        return Section("unclear", said, f"{numbers} More prompts (eval.during) would tell.")
-    if fall >= FALL:
-        said = "The held-out rewards fell, and that the optimised one rose is not beyond doubt"
-        return Section("unclear", said, f"{numbers} That is rather a run that diverges than a hacked reward.")
-    if not risen:
-        return Section("unclear", "No sign of hacking, and little change so far", numbers)
-    return Section("better" if held > 0 else "unclear", "No sign of hacking", numbers)
+    if found.held_out.changes[best] - held < FALL:
+        if rise < RISE:
+            return Section("unclear", "No sign of hacking, and little change so far", numbers)
+        return Section("better" if held > 0 else "unclear", "No sign of hacking", numbers)
+    if diverged(found.optimised, best, last):
+        said = "The held-out rewards fell, and the optimised one did not rise with that"
+        return Section("unclear", said, f"{numbers} That is a run that diverges, not a hacked reward.")
+    said = "Perhaps hacked: the held-out rewards fell, but not all of it is beyond doubt"
+    return Section("unclear", said, f"{numbers} More prompts (eval.during) would tell.")
 
 
 def _nothing_to_compare(

@@ -63,7 +63,7 @@ class UncertaintyConfig:
     """weight: the weights also enter mean and std of the group, so that they do not push all its images one way."""
     positive_only: bool = False
     """weight: only advantages above 0 are weighted, as hacking is over-estimation; by the weights themselves, without the
-    weighted baseline, so that nothing is praised more than without uncertainty."""
+    weighted baseline, so that they praise nothing more."""
     shuffled: bool = False
     """weight: deal the uncertainties of an iteration to its images at random: the control that any effect of knowing which
     images are doubtful must beat."""

@@ -85,13 +85,18 @@ def finals_of(rows: Rows, method: str, metric: str) -> Rows:
     return sorted(found, key=lambda r: r["seed"])
 
 
-def append(path: Path, rows: Rows, empty: Callable[[], dict[str, Any]]) -> None:
-    """Add rows to the result file, whoever else does so at the same time."""
+def append(
+    path: Path,
+    rows: Rows,
+    empty: Callable[[], dict[str, Any]],
+    instead: Callable[[dict[str, Any]], bool] = lambda row: False,
+) -> None:
+    """Add rows to the result file, whoever else does so at the same time. instead: whether they take a row's place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent, os.O_RDONLY):  # the folder: no lock file is left beside the results
         result = load(path, empty)
         result["config"] = empty()["config"]
-        result["rows"] += rows
+        result["rows"] = [row for row in result["rows"] if not instead(row)] + rows
         result["seeds"] = sorted({r["seed"] for r in result["rows"] if "seed" in r})
         write_json(path, result)
 

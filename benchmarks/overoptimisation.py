@@ -27,7 +27,6 @@ from align.evaluate import evaluate
 from align.inference import load_target, ready_reward
 from align.prompts import load_prompts
 from align.runfolder import metric_rows
-from align.tracking import write_json
 from rewards.registry import RewardConfig
 from rewards.uncertainty import aggregate
 from rewards.uncertainty import spread as member_spread
@@ -196,10 +195,8 @@ def members(methods: list[str], seeds: list[int], scratch: Path) -> None:
             _row("mean", split, "doubt", doubt.mean(dim=1)),
             _row("mean", split, "gold", gold.mean(dim=1)),
         ]
-    found = load()
     again = {r["split"] for r in rows}
-    found["rows"] = [r for r in found["rows"] if r.get("split") not in again] + rows
-    write_json(RESULTS, found)
+    curves.append(RESULTS, rows, empty, lambda row: row.get("split") in again)
 
 
 def standardised(scores: dict[str, Tensor], base: dict[str, Tensor]) -> Tensor:
@@ -340,7 +337,7 @@ def table(rows: Rows, present: list[str], optimiser: Optimiser) -> str:
             str(len(gold)),
             f"{means[peak]:+.3f}, {points[peak][0]['iteration']}",
             spread([c[-1]["mean"] for c in gold]),
-            f"{means[-1] / means[peak]:.0%}" if means[peak] > 0 and means[-1] > 0 else "nothing",
+            "" if means[peak] <= 0 else f"{means[-1] / means[peak]:.0%}" if means[-1] > 0 else "nothing",
             "" if method == against else spread(paired),
             spread(trained),
             f"{statistics.mean(c[-1]['distance'] for c in gold):.3f}",

@@ -16,7 +16,7 @@ from PIL import Image
 
 from align.evaluate import Evaluation
 from align.hacking import FALL, RISE, Point, curve, parting
-from align.hacking_report import find, metrics_of, parts_of_trained, roles, section, warning_of
+from align.hacking_report import Finding, _agreement, find, metrics_of, parts_of_trained, roles, section, warning_of
 from align.prompts import Prompt
 from align.report import write_report
 from align.runfolder import parse_config, read_run
@@ -70,16 +70,48 @@ def test_no_alarm_where_both_rise_or_both_fall():
     assert parted(evaluations(diverged, [0, 0.3, 0.5, 0.6, 0.3, 0.0, -0.3, -0.5])) is None
 
 
-def test_a_rise_of_less_than_a_quarter_counts_where_its_interval_lies_above_the_base():
+def test_a_rise_of_less_than_a_quarter_counts_where_it_is_more_than_chance():
     gold = [0, 0.1, -0.2, -0.4, -0.6]
     signs = np.resize([1.0, -1.0], PROMPTS)
-    for swing, expected in ((0.2, (10, 20)), (1.5, None)):  # .2 is 8 and 1.1 standard errors
+    # .2 is 8 and 1.1 standard errors, of which the largest of four rises needs 2.3; .04 is no rise, however sure
+    for rise, swing, expected in ((0.2, 0.2, (10, 20)), (0.2, 1.5, None), (0.04, 0.0, None)):
         found = []
         for point in evaluations([0] * 5, gold):
-            rise = np.array(point.scores["proxy"]) + UNITS["proxy"] * (0.2 + swing * signs) * (point.iteration > 0)
-            found.append(replace(point, scores={**point.scores, "proxy": rise.tolist()}))
-        assert 0.19 < curve(found, UNITS, {"proxy": 1.0}).changes.max() < RISE
+            levels = np.array(point.scores["proxy"]) + UNITS["proxy"] * (rise + swing * signs) * (point.iteration > 0)
+            found.append(replace(point, scores={**point.scores, "proxy": levels.tolist()}))
+        assert 0.9 * rise < curve(found, UNITS, {"proxy": 1.0}).changes.max() < RISE
         assert parted(found) == expected
+
+
+def test_a_trained_reward_that_stays_is_called_hacked_in_fewer_than_one_run_of_twenty():
+    flat, falling = np.zeros(20), np.linspace(0, -1, 20)
+    runs = [evaluations(flat, falling, noise=0.5, seed=seed) for seed in range(200)]
+    assert sum(parted(run) is not None for run in runs) <= 16  # as above; it need not rise above 0 at the end either
+
+
+def test_a_trained_reward_that_falls_with_the_watched_one_is_not_hacked():
+    assert parted(evaluations([0, 0.2, 0.1, 0.05], [0, 0.3, -0.3, -0.8])) is None  # it lost as much as is left
+    rise_and_fall = [0, 0.3, 0.6, 0.6, 0.6]
+    gold = [0, 0.2, -0.2, -0.5, -0.8]
+    assert parted(evaluations(rise_and_fall, gold)) == (10, 20)
+    assert parted(evaluations([*rise_and_fall, -0.5], [*gold, -1.2])) is None
+
+
+@pytest.mark.parametrize(
+    ("proxy", "gold", "said"),
+    [
+        ([0, 0.04], [0, 0.01], "No sign of hacking, and little change so far"),
+        ([0, 0.5], [0, 0.3], "No sign of hacking"),
+        ([0, -0.5, -1.5], [0, -0.4, -0.8], "The held-out rewards fell, and the optimised one did not rise with that"),
+        ([0, 0.5, 0.06], [0, 0.3, -0.8], "The held-out rewards fell, and the optimised one did not rise with that"),
+        ([0, 0.3, 0.5], [0, 0.3, 0.0], "Perhaps hacked: the held-out rewards fell, but not all of it is beyond doubt"),
+    ],
+)
+def test_what_is_said_without_an_alarm(proxy, gold, said):
+    rows = evaluations(proxy, gold, by_prompt=False)
+    optimised, held_out = (curve(rows, UNITS, {name: 1.0}) for name in UNITS)
+    assert parting(optimised, held_out) is None
+    assert _agreement(Finding(rows, UNITS, optimised, held_out, None)).said == said
 
 
 def test_an_alarm_is_void_once_the_held_out_reward_climbs_above_where_it_fell_from():

@@ -109,13 +109,12 @@ def test_no_kappa_and_no_eta_is_no_uncertainty_bit_for_bit():
     assert torch.equal(weighted(rewards, doubt, groups, settings, AdvantageConfig()).float(), plain)
 
 
-@pytest.mark.parametrize("rule", ["decoupled", "rank"])
-def test_equal_weights_change_no_bit_of_several_rewards(rule):
-    """Also where ranks tie and scores are missing: an image without a signal keeps exactly 0."""
+def test_equal_weights_change_no_bit_of_ranks():
+    """Also where they tie and scores are missing: an image without a signal keeps exactly 0."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.arange(30) // 6
-    arguments = (groups, CombineConfig(rule=rule), AdvantageConfig(), {})
-    settings = UncertaintyConfig(mode="weight", eta=0.0, kappa=0.0)
+    arguments = (groups, CombineConfig(rule="rank"), AdvantageConfig(), {})
+    settings, zeros = UncertaintyConfig(mode="weight", eta=0.0, kappa=0.0), 0
     for _ in range(40):
         parts = {name: torch.randn(30, 1, generator=generator).round(decimals=1) for name in "ab"}
         parts["a"][torch.randint(30, (2,), generator=generator)] = NAN
@@ -126,10 +125,8 @@ def test_equal_weights_change_no_bit_of_several_rewards(rule):
             combined_advantages(parts, {"a": 1.0, "b": 2.0}, scores, *arguments, found)[0] for found in (None, trusted)
         )
         assert torch.equal(weighed, plain)
-    equal = confidence(
-        torch.full_like(doubt, 1.3), torch.ones(30, dtype=torch.bool), groups, UncertaintyConfig(eta=0.0)
-    )
-    torch.testing.assert_close(combined_advantages(parts, {"a": 1.0, "b": 2.0}, scores, *arguments, equal)[0], plain)
+        zeros += int((plain == 0).sum())
+    assert zeros > 0
 
 
 def test_a_steep_weight_leaves_the_least_weight_but_to_the_certain():

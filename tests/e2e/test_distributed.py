@@ -27,7 +27,7 @@ LAUNCHERS = {
 }
 COMPARED = (
     "reward/", "eval/", "train/", "values/", "sample/", "credit/", "select/", "weight/", "ensemble/", "uncertainty/",
-    "advantage/", "gate/", "constraint/",
+    "advantage/", "gate/",
 )  # fmt: skip
 # The clip is a threshold: a ratio beside it could fall on either side of it by rounding, so it is set far away.
 CHANGES: dict[str, dict[str, Any]] = {
