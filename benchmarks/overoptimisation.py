@@ -278,7 +278,7 @@ def curve(rows: Rows, method: str, metric: str) -> list[Rows]:
 
 
 def draw(rows: Rows, present: list[str], optimiser: Optimiser) -> None:
-    """Gold above and what is trained below; against iterations, and against the distance from the base."""
+    """Gold above and what is trained below, mean and (thin) each seed; against iterations, and against the distance from the base."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -293,9 +293,12 @@ def draw(rows: Rows, present: list[str], optimiser: Optimiser) -> None:
                 for method, style in ((name + suffix, "-"), (name + "_kl", ":")):
                     if method not in present or (key == "iteration" and style == ":"):
                         continue
-                    points = list(zip(*curve(rows, method, metric), strict=False))
+                    runs = curve(rows, method, metric)
+                    for one in runs if key == "iteration" else []:
+                        axis.plot([p[key] for p in one], [p["mean"] for p in one], color=colour, lw=0.8, alpha=0.35)
+                    points = list(zip(*runs, strict=False))
                     xs, ys = ([statistics.mean(p[k] for p in point) for point in points] for k in (key, "mean"))
-                    shown = method if (row, key) == (0, "iteration") and not suffix else None
+                    shown = arm if (row, key) == (0, "iteration") and not suffix else None
                     axis.plot(xs, ys, style, color=colour, lw=2, label=shown)
             axis.axhline(0, color="#8c959f", lw=0.8)
             axis.grid(alpha=0.25)
@@ -320,8 +323,8 @@ def table(rows: Rows, present: list[str], optimiser: Optimiser) -> str:
     """Markdown table, one row a method: means over the seeds with their interval."""
     lines = [
         "| method | seeds | highest gold, at iteration | gold at the end | kept of the highest | minus `single` at the end | "
-        "trained at the end | distance | reward passes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "minus `mean` at the end | trained at the end | distance | reward passes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     ends = {m: {c[-1]["seed"]: c[-1]["mean"] for c in curve(rows, m, "verifier")} for m in present}
     for method in present:
@@ -330,18 +333,23 @@ def table(rows: Rows, present: list[str], optimiser: Optimiser) -> str:
         means = [statistics.mean(p["mean"] for p in point) for point in points]
         peak = max(range(len(means)), key=lambda i: means[i])
         trained = [c[-1]["mean"] for c in curve(rows, method, "trained")]
-        against = optimiser.prefix + ("single_kl" if method.endswith("_kl") else "single")
-        paired = [value - ends[against][s] for s, value in ends[method].items() if s in ends.get(against, {})]
+        suffix = "_kl" if method.endswith("_kl") else ""
+        less = {}
+        for arm in ("single", "mean"):
+            other = ends.get(optimiser.prefix + arm + suffix, {})
+            less[arm] = [value - other[s] for s, value in ends[method].items() if s in other]
+        alone = "single" in method
         cells = [
             f"`{method}`",
             str(len(gold)),
             f"{means[peak]:+.3f}, {points[peak][0]['iteration']}",
             spread([c[-1]["mean"] for c in gold]),
             "" if means[peak] <= 0 else f"{means[-1] / means[peak]:.0%}" if means[-1] > 0 else "nothing",
-            "" if method == against else spread(paired),
+            "" if alone else spread(less["single"]),
+            "" if alone or method == f"{optimiser.prefix}mean{suffix}" else spread(less["mean"]),
             spread(trained),
             f"{statistics.mean(c[-1]['distance'] for c in gold):.3f}",
-            "1" if "single" in method else str(len(MEMBERS)),
+            "1" if alone else str(len(MEMBERS)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     first = curve(rows, present[0], "verifier")[0][0]
