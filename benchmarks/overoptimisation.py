@@ -58,6 +58,8 @@ class Optimiser:
     figure: Path
     mark: str
     """Of its place in the page."""
+    parts: tuple[str, ...] = ()
+    """Of PARTS, those that are also run, without a pull."""
 
     def methods(self) -> dict[str, tuple[str, list[str]]]:
         """Name -> configuration and overrides."""
@@ -67,7 +69,8 @@ class Optimiser:
                 config, strength = (self.single, self.committee)[arm != "single"], strengths[arm != "single"]
                 overrides = [*self.overrides, *changes, f"{self.pull}={strength}"]
                 found[f"{self.prefix}{arm}{suffix}"] = (config, overrides)
-        return found
+        config, overrides = found[f"{self.prefix}weight"]
+        return found | {f"{self.prefix}{part}": (config, [*overrides, *PARTS[part]]) for part in self.parts}
 
 
 # what is trained -> overrides of the optimiser's configuration
@@ -82,6 +85,8 @@ ARMS: dict[str, list[str]] = {
     ],
     "weight": [],
 }
+PARTS: dict[str, list[str]] = {"weights_only": ["uncertainty.eta=0"], "penalty_only": ["uncertainty.kappa=0"]}
+"""What of `weight` does it: its weights, or what it pays for doubt."""
 MATCHING = Optimiser(
     prefix="",
     single="configs/playground/one_proxy.yaml",
@@ -102,6 +107,7 @@ BACKPROP = Optimiser(
     strength=("0.4", "2"),
     figure=ASSETS / "overoptimisation-backprop.png",
     mark="backprop",
+    parts=("weights_only", "penalty_only"),
 )
 OPTIMISERS = (MATCHING, BACKPROP)
 METHODS = {name: settings for optimiser in OPTIMISERS for name, settings in optimiser.methods().items()}
