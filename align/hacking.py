@@ -24,7 +24,8 @@ LEAST_RISE = 0.05
 """Of a rise that counts although it is below RISE; less is no change that matters, however sure."""
 FALL = 0.25
 FALSE_ALARM = 0.05
-"""Most that the probability of an alarm may be in a whole run whose held-out rewards do not change."""
+"""Most that the probability of an alarm may be in a whole run whose held-out rewards do not change; of a rise below RISE
+that counts, in one whose optimised reward does not."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def parting(optimised: Curve, held_out: Curve) -> Parting | None:
     - that fall exceeds what chance makes of the largest among all pairs of evaluations (Bonferroni, one-sided), with
       prompts enough to tell (n prompts that all fell the same way do so by chance once in 2^n).
     Only the best of all evaluations counts, and a fall that lasts: an alarm is void once the held-out rewards climb above
-    where they fell from, or are back within FALL / 2 of it at the last evaluation, or the optimised reward has by then lost
-    its rise.
+    where they fell from, or are back within FALL / 2 of it at the last evaluation, or the optimised reward is by then no
+    longer above the base.
     """
     held, risen = held_out.changes, optimised.changes
     known = [i for i in range(len(held)) if math.isfinite(held[i]) and math.isfinite(risen[i])]

@@ -5,8 +5,9 @@
     python benchmarks/overoptimisation.py add --methods uwo --seeds 0 --scratch DIR   # take over the finished run DIR/uwo-0
     python benchmarks/overoptimisation.py show                  # figure and tables from the result file
 
-One proxy, a committee of five (mean, lowest member, mean less variance) and the mean with uncertainty-weighted advantages,
-each with and without a pull to the base model. Every run is the real command (`python -m align.train`) on one thread.
+One proxy, a committee of five (mean, lowest member, mean less variance) and the mean weighted by uncertainty, each with and
+without a pull to the base model, trained by forward-process matching and (`backprop_*`) by the reward's gradient. Every
+run is the real command (`python -m align.train`) on one thread.
 """
 
 from __future__ import annotations
